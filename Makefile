@@ -1,0 +1,27 @@
+# Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
+.DEFAULT_GOAL := help
+.PHONY: help setup run test exact check bench clean
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: ## .venv with pinned packages, and the default model (instant when nothing changed)
+	@scripts/setup
+
+run: setup ## start everything on this machine, ask the model a question, stay up until Ctrl-C
+	@exec .venv/bin/tandem up --ask "What is the capital of France, and what is it known for?" $(ARGS)
+
+test: setup ## all tests (no network, no GPU)
+	@exec scripts/test $(ARGS)
+
+exact: setup ## the same tokens in every way of running (the full matrix; hours on two cores)
+	@exec scripts/test tests/exact --exact-full -v --durations=0 -o log_cli=true -o log_cli_level=INFO $(ARGS)
+
+check: setup ## ruff, mypy strict, import-linter, buf lint, stub freshness
+	@exec scripts/check
+
+bench: setup ## one JSON line per point: the engine alone, then through the gateway
+	@exec scripts/bench $(ARGS)
+
+clean: ## remove .venv and caches of tools
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache node_modules build *.egg-info

@@ -1,0 +1,81 @@
+"""Puts a decode worker together around a runner. Torch-free; `wiring` brings a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from decode_service.config import SchedulerConfig
+from decode_service.metrics import StepMetrics
+from decode_service.scheduler import Scheduler
+from decode_service.servicer import DecodeServicer
+from decode_service.streams import DEFAULT_LIMIT
+from decode_service.transfer_servicer import TransferServicer
+from decode_service.worker import DecodeWorker, WorkerIdentity
+from engine.batch import StepRunner
+from engine.block_pool import BlockPool
+from kv_transfer.pool import PoolView
+from kv_transfer.registry import target_transport
+from tandem.service.metrics import Metrics
+from tandem.service.server import ServerShell
+from tandem.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc
+
+SERVICES = ("tandem.v1.DecodeService", "tandem.v1.KvTransferService")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a worker is made of beside its servers. `blocks` is the KV cache's memory."""
+
+    identity: WorkerIdentity
+    scheduler: SchedulerConfig
+    runner: StepRunner
+    blocks: memoryview
+    prefix_cache: bool = True
+    stream_limit: int = DEFAULT_LIMIT
+
+
+@dataclass(slots=True)
+class Assembly:
+    """A worker in a server that is not started yet."""
+
+    shell: ServerShell
+    worker: DecodeWorker
+    transfers: TransferServicer
+    pool: BlockPool
+
+    async def start(self) -> str:
+        """Engine, then server; returns the bound HOST:PORT."""
+        self.worker.start()
+        address = await self.shell.start()
+        self.shell.set_serving(True)
+        return address
+
+    async def close(self) -> None:
+        """After the server has stopped."""
+        await self.worker.stop()
+        await asyncio.to_thread(self.transfers.close)
+
+
+def assemble(parts: Parts, listen: str, metrics: Metrics | None = None) -> Assembly:
+    """Build a worker and its server. Inside a running event loop. Raises ConfigError."""
+    identity = parts.identity
+    generations = memoryview(bytearray(8 * identity.total_blocks)).cast("Q")
+    pool = BlockPool(
+        identity.total_blocks, identity.layout.block_size, prefix_cache=parts.prefix_cache, generations=generations
+    )
+    worker = DecodeWorker(
+        identity,
+        Scheduler(parts.scheduler, pool),
+        parts.runner,
+        PoolView(parts.blocks, identity.layout.block_bytes, identity.total_blocks, generations),
+        metrics=StepMetrics(metrics) if metrics is not None else None,
+        stream_limit=parts.stream_limit,
+    )
+    transfers = TransferServicer(worker, {name: target_transport(name) for name in identity.transports})
+    shell = ServerShell("decode", listen)
+    decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker), shell.server)
+    kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(transfers, shell.server)
+    for name in SERVICES:
+        shell.add_service(name)
+    return Assembly(shell, worker, transfers, pool)

@@ -1,0 +1,347 @@
+"""The decode scheduler: who takes part in the next step, with which blocks. Torch-free; one thread owns it.
+
+A step is `schedule() -> Batch | None`, the runner, `update(batch, output) -> events` (or `fail_step`). Between steps
+come the
+commands: `admit`, `commit`, `start_local`, `force`, `finish`, `cancel`, `release`. Requests are kept in order of age.
+
+- Everything is computed the same way: a chain computes tokens that it knows (prompt, forced or drawn ones) up to its
+  end, and at its
+  end draws the next. So a local prefill, a recompute after a preemption and a migrated record need no code of their
+  own, and tokens
+  known already are never drawn again.
+- Sequences that decode are aboard every step; chunks of prefill share a budget beside them (`mixed_prefill_tokens`).
+- A chain that needs a block when there is none preempts the youngest younger request, and else waits for the next
+  step. So the
+  oldest is never preempted, can have everything but what is being received into, and finishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from decode_service import admission, adoption, stopping
+from decode_service.config import SchedulerConfig
+from decode_service.events import Admission, Counters, Ended, Event, Failed, Load
+from decode_service.memory import Memory
+from decode_service.request import Output, Request, Share, State
+from engine.batch import Batch, SampledToken, SampleSpec, Slice, StepOutput
+from engine.block_pool import BlockPool
+from engine.prefix import prefix_root
+from tandem.errors import InternalError, InvalidRequestError, NotFoundError, TandemError
+from tandem.record import FinishReason, Record, TokenDelta
+
+
+class Scheduler:
+    """Continuous batching over one block pool."""
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        """The pool must be the scheduler's alone."""
+        self.config = config
+        self.pool = pool
+        self.counters = Counters()
+        self.steps = 0
+        """Steps launched since the start."""
+        self._requests: dict[str, Request] = {}
+        self._plan: list[tuple[Request, Share, int]] = []
+        self._next_order = 0
+        self._memory = Memory(config, pool, self._requests, self.counters)
+
+    # -- commands ----------------------------------------------------------------------------------
+
+    def admit(self, key: str, record: Record, *, local: bool) -> tuple[Admission, list[Event]]:
+        """Reserve blocks for a request; `key` is new for each admission. Local ones start at the next step.
+
+        The record becomes the scheduler's. Raises InvalidRequestError, IncompatibleError or OverloadedError, and then
+        has
+        changed nothing.
+        """
+        if key in self._requests:
+            raise InvalidRequestError(f"request {key!r} is aboard already", field="record.request_id")
+        admission.check_record(record, self.config)
+        admission.check_fits_at_all(record, self.config, self.pool)
+        admission.check_room_for_sequences(record, self.config, self._requests.values())
+        request = self._new_request(key, record)
+        adoption.check_ends(request, self.config)
+        if not request.live:
+            return Admission(key, 0, 0, 0, []), [*adoption.news(request), Ended(key, 0)]
+        slots = admission.step_slots(self._requests.values())
+        cached = self._memory.reserve(request, slots=slots, receiving=not local)
+        request.state = State.RUNNING if local else State.RECEIVING
+        self._requests[key] = request
+        self._next_order += 1
+        self.counters.prompt_tokens += len(record.prompt)
+        self.counters.cached_tokens += cached
+        assert request.trunk is not None
+        blocks = request.trunk.table.blocks[cached // self.pool.block_size :]
+        return Admission(key, cached, cached, request.needed_end, list(blocks)), adoption.news(request)
+
+    def commit(self, key: str, record: Record, token_end: int) -> list[Event]:
+        """The transfer is over: tokens below `token_end` have their KV, `record` brings the first token of each output.
+
+        Raises NotFoundError when the request has gone.
+        """
+        request = self._receiving(key)
+        trunk, received = request.trunk, min(token_end, request.needed_end)
+        assert trunk is not None
+        adoption.adopt_record(request, record, self.config)
+        if any(not output.state.token_ids for output in request.live):
+            # Somebody draws from the prompt's last row, so it is computed here.
+            received = min(received, len(request.record.prompt) - 1)
+        elif len(request.live) == 1:
+            received = min(received, request.shared_end - 1)
+        trunk.computed = max(trunk.computed, received)
+        self._start(request)
+        return self._settle(request)
+
+    def start_local(self, key: str, emitted: Sequence[TokenDelta] = ()) -> list[Event]:
+        """Nothing more will be received: compute what is missing here. `emitted` tokens are forced.
+
+        Only after the copies in flight are over. Raises NotFoundError, InvalidRequestError.
+        """
+        request = self._receiving(key)
+        adoption.force(request, emitted, self.config)
+        self._start(request)
+        return self._settle(request)
+
+    def force(self, key: str, emitted: Sequence[TokenDelta]) -> None:
+        """Another attempt will send: tokens that the client has are kept, and never drawn again. Raises as
+        `start_local`.
+        """
+        adoption.force(self._receiving(key), emitted, self.config)
+
+    def finish(self, key: str, index: int) -> list[Event]:
+        """The gateway ends one output (a stop string). Does nothing for one that has ended; unknown keys too."""
+        request = self._requests.get(key)
+        if request is None or request.state is State.RELEASING:
+            return []
+        if not 0 <= index < len(request.outputs):
+            raise InvalidRequestError(f"no output {index}", field="finish.index")
+        output = request.outputs[index]
+        if not output.live:
+            return []
+        output.state.finish_reason = FinishReason.STOP
+        return self._settle(request)
+
+    def cancel(self, key: str, posted_step: int | None = None) -> bool:
+        """End a request: it takes part in no further step. True when its blocks are held until `release`.
+
+        `posted_step` is `steps` at the time when the cancel was posted, to count what it cost. Unknown keys are
+        ignored.
+        """
+        request = self._requests.get(key)
+        if request is None or request.state is State.RELEASING:
+            return request is not None
+        self.counters.cancelled += 1
+        late = max(0, request.last_step - posted_step) if posted_step is not None else 0
+        self.counters.steps_after_cancel += late
+        self.counters.worst_steps_after_cancel = max(self.counters.worst_steps_after_cancel, late)
+        if request.state is State.RECEIVING:
+            request.state = State.RELEASING
+            return True
+        self._memory.drop(request)
+        return False
+
+    def release(self, key: str) -> None:
+        """No copy into the blocks of a cancelled request is in flight any more: free them."""
+        request = self._requests.get(key)
+        if request is not None and request.state is State.RELEASING:
+            self._memory.drop(request)
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        """The next step, or None when there is nothing to compute now."""
+        self._memory.resume()
+        batch = Batch([], [])
+        self._plan = []
+        budget = self._prefill_budget()
+        for request in self._running():
+            if request.state is not State.RUNNING:
+                continue  # preempted by an older one a moment ago
+            for share in request.shares():
+                count = 1 if share.pending == 1 else min(share.pending, budget)
+                if count == 0:
+                    continue
+                copies = self._memory.grow(request, share.chain, share.chain.computed + count)
+                if copies is None:
+                    continue
+                batch.copies.extend(copies)
+                if share.pending > 1:
+                    budget -= count
+                self._take_aboard(batch, request, share, count)
+        if not batch.slices:
+            return None
+        self.steps += 1
+        for request, _, _ in self._plan:
+            request.last_step = self.steps
+        return batch
+
+    def update(self, batch: Batch, output: StepOutput) -> list[Event]:
+        """Take in what a step drew. Returns what happened, each request's events in order."""
+        events: list[Event] = []
+        plan, self._plan = self._plan, []
+        if len(output.samples) != len(batch.slices) or len(plan) != len(batch.slices):
+            raise InternalError(f"{len(output.samples)} answers for {len(batch.slices)} slices")
+        for number, ((request, share, count), part) in enumerate(zip(plan, batch.slices, strict=True)):
+            if request.key not in self._requests:
+                continue  # failed by an earlier slice of this step
+            if number in output.errors:
+                self._memory.drop(request)
+                events.append(Failed(request.key, output.errors[number]))
+                continue
+            share.chain.computed += count
+            share.chain.table.settle()
+            self._memory.register(request, share)
+            self._take_samples(request, part.samples, output.samples[number])
+            events += self._settle(request)
+        return events
+
+    def fail_step(self, error: TandemError) -> list[Event]:
+        """The step that was scheduled last failed: those aboard fail, the others go on."""
+        plan, self._plan = self._plan, []
+        events: list[Event] = []
+        for request in dict.fromkeys(request for request, _, _ in plan):
+            self._memory.drop(request)
+            events.append(Failed(request.key, error))
+        return events
+
+    def fail_all(self, error: TandemError) -> list[Event]:
+        """The scheduler's own books are in doubt: everybody fails. Blocks being received into wait for `release`."""
+        self._plan = []
+        events: list[Event] = []
+        for request in list(self._requests.values()):
+            if request.state is State.RELEASING:
+                continue
+            events.append(Failed(request.key, error))
+            if request.state is State.RECEIVING:
+                request.state = State.RELEASING
+            else:
+                self._memory.drop(request)
+        return events
+
+    # -- what others may look at -------------------------------------------------------------------
+
+    def load(self) -> Load:
+        """How busy it is now."""
+        requests = self._requests.values()
+        running = [request for request in requests if request.state is State.RUNNING]
+        pending = [share.pending for request in running for share in request.shares() if share.pending > 1]
+        waiting = [request for request in requests if request.state is State.WAITING]
+        return Load(
+            running_sequences=sum(len(request.live) for request in running),
+            waiting_requests=len(waiting),
+            receiving_requests=sum(request.state is State.RECEIVING for request in requests),
+            free_blocks=self.pool.num_free,
+            total_blocks=self.pool.num_blocks,
+            queued_prefill_tokens=sum(pending) + sum(request.total_tokens for request in waiting),
+        )
+
+    def __contains__(self, key: str) -> bool:
+        """True while the scheduler holds anything for the request."""
+        return key in self._requests
+
+    def __len__(self) -> int:
+        """Requests that hold anything."""
+        return len(self._requests)
+
+    def keys(self) -> list[str]:
+        """Requests that hold anything, the oldest first."""
+        return list(self._requests)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless the pool's references are exactly those of the requests. For tests and idle
+        times.
+        """
+        self.pool.check_integrity(chain.table.held for r in self._requests.values() for chain in r.chains())
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _new_request(self, key: str, record: Record) -> Request:
+        config = self.config
+        outputs = [
+            Output(index, state, streamed=len(state.token_ids), announced=state.finish_reason is not None)
+            for index, state in enumerate(record.outputs)
+        ]
+        stops = stopping.stop_ids(record, config.eos_token_ids)
+        root = prefix_root(record.tenant, config.model_id, config.layout_id, config.numerics_id)
+        return Request(key, record, self._next_order, State.WAITING, stops, root, outputs)
+
+    def _receiving(self, key: str) -> Request:
+        request = self._requests.get(key)
+        if request is None or request.state is not State.RECEIVING:
+            raise NotFoundError(f"request {key!r} is not waiting for a transfer", reason="LEASE_NOT_FOUND")
+        return request
+
+    def _running(self) -> list[Request]:
+        return [request for request in self._requests.values() if request.state is State.RUNNING]
+
+    def _start(self, request: Request) -> None:
+        """From receiving to running. What was received may be shared from now on."""
+        assert request.trunk is not None
+        request.state = State.RUNNING
+        request.received_blocks = 0
+        self._memory.register(request, Share(request.trunk, None, request.shared_end))
+
+    def _prefill_budget(self) -> int:
+        """Prompt tokens that this step may compute: few when somebody decodes, so that no running stream stalls."""
+        decoding = any(share.pending == 1 for request in self._running() for share in request.shares())
+        limit = self.config.max_step_tokens
+        return min(limit, self.config.mixed_prefill_tokens) if decoding else limit
+
+    def _take_aboard(self, batch: Batch, request: Request, share: Share, count: int) -> None:
+        start = share.chain.computed
+        batch.slices.append(
+            Slice(
+                request_id=request.key,
+                token_ids=request.tokens(start, start + count, share.output),
+                start=start,
+                block_table=share.chain.table.blocks,
+                samples=self._samples(request, share) if start + count == share.end else [],
+            )
+        )
+        self._plan.append((request, share, count))
+
+    def _samples(self, request: Request, share: Share) -> list[SampleSpec]:
+        """What is drawn after the last token of a chain. A trunk draws only for outputs without tokens, unless it
+        has one.
+        """
+        live = request.live
+        drawing = [share.output] if share.output is not None else live
+        if len(drawing) > 1:
+            drawing = [output for output in drawing if not output.state.token_ids]
+        return [self._spec(request, output) for output in drawing]
+
+    def _spec(self, request: Request, output: Output) -> SampleSpec:
+        record, tokens = request.record, output.state.token_ids
+        return SampleSpec(
+            index=output.index,
+            params=record.sampling,
+            position=len(tokens),
+            prompt=record.prompt,
+            output=tokens,
+            suppress=stopping.suppressed(record, output.state, request.stops),
+            logprobs=record.logprobs,
+        )
+
+    def _take_samples(self, request: Request, specs: list[SampleSpec], drawn: list[SampledToken]) -> None:
+        for spec, sampled in zip(specs, drawn, strict=True):
+            output = request.outputs[spec.index]
+            tokens = [*output.state.token_ids, sampled.token_id]
+            logprobs = [*output.state.logprobs, sampled.logprobs] if sampled.logprobs is not None else []
+            adoption.adopt(request, output, tokens, logprobs, self.config)
+            self.counters.generated_tokens += 1
+
+    def _settle(self, request: Request) -> list[Event]:
+        """After tokens or ends came in: say so, split a trunk that is computed, end a request that is over."""
+        events = adoption.news(request)
+        live = request.live
+        if not live:
+            if request.state is State.RECEIVING:
+                # Copies may be in flight: the blocks are freed by `release`, when the stream has ended.
+                request.state = State.RELEASING
+            else:
+                self._memory.drop(request)
+            return [*events, Ended(request.key, request.preemptions)]
+        if len(live) > 1 and request.trunk is not None and request.trunk.computed == len(request.record.prompt):
+            request.split()
+        return events

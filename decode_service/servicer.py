@@ -1,0 +1,233 @@
+"""DecodeService: one stream per request, which is the request's lease. Protobuf stops here.
+
+Life of a `Decode` call: Start -> checks, admission on the engine thread, a lease where a prefill worker will send ->
+Admitted -> the writer sends what the engine produces while the reader takes Retarget and Finish -> End. However it
+ends, `close_stream` frees everything. The client's half-close ends only the reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from decode_service import messages
+from decode_service.events import Admission
+from decode_service.streams import OutputStream, Retargeted
+from decode_service.worker import HEARTBEAT_SECONDS, DecodeWorker
+from kv_transfer.leases import Lease
+from tandem.errors import (
+    DeadlineError,
+    DrainingError,
+    IncompatibleError,
+    InternalError,
+    InvalidRequestError,
+    TandemError,
+)
+from tandem.record import Record
+from tandem.service import wire
+from tandem.service.logging import bind_request, get_logger
+from tandem.v1 import decode_pb2, decode_pb2_grpc
+
+_log = get_logger(__name__)
+Requests = AsyncIterator[decode_pb2.DecodeRequest]
+Context = grpc.aio.ServicerContext[Any, Any]
+FIRST_MESSAGE_SECONDS = 10.0
+LOAD_INTERVAL = 0.05
+"""Least seconds between two loads to one watcher."""
+LOAD_BEAT = 1.0
+
+
+@dataclass(slots=True)
+class _Call:
+    """One Decode call. `lease` is None when nothing is transferred."""
+
+    key: str
+    stream: OutputStream
+    record: Record
+    attempt: int
+    lease: Lease | None = None
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """Raises TandemErrors; the server's interceptor maps them."""
+
+    def __init__(self, worker: DecodeWorker) -> None:
+        """`worker` is started and stopped by the wiring."""
+        self._worker = worker
+
+    async def Decode(  # type: ignore[override]  # noqa: N802
+        self, request_iterator: Requests, context: Context
+    ) -> None:
+        """See proto/tandem/v1/decode.proto."""
+        start = await first_message(request_iterator)
+        record = self._check_start(start)
+        # Apart from the first message: a write given up before it sent the headers would take the status with it.
+        await context.send_initial_metadata(())
+        key, stream = self._worker.open_stream()
+        call = _Call(key, stream, record, start.attempt)
+        with bind_request(record.request_id):
+            try:
+                local = start.source == decode_pb2.PREFILL_SOURCE_LOCAL
+                await context.write(await self._admit(call, context, local=local))
+                await self._serve(call, request_iterator, context)
+            finally:
+                self._worker.close_stream(key, call.lease)
+
+    async def GetDecodeInfo(  # noqa: N802
+        self, request: decode_pb2.GetDecodeInfoRequest, context: Context
+    ) -> decode_pb2.GetDecodeInfoResponse:
+        """What this worker is."""
+        return decode_pb2.GetDecodeInfoResponse(info=messages.info_to_pb(self._worker.identity))
+
+    async def WatchDecodeLoad(  # noqa: N802
+        self, request: decode_pb2.WatchDecodeLoadRequest, context: Context
+    ) -> AsyncIterator[decode_pb2.WatchDecodeLoadResponse]:
+        """On change, at most 20 a second; at least one a second, as long as the engine turns."""
+        told_draining = False
+        with self._worker.watching() as changed:
+            while not self._worker.stopping:
+                changed.clear()
+                if self._worker.engine.alive or self._worker.draining != told_draining:
+                    told_draining = self._worker.draining
+                    yield decode_pb2.WatchDecodeLoadResponse(load=messages.load_to_pb(self._worker))
+                await asyncio.sleep(LOAD_INTERVAL)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LOAD_BEAT - LOAD_INTERVAL)
+        raise DrainingError("this decode worker has stopped", retry_after=0.0)
+
+    def _check_start(self, start: decode_pb2.DecodeStart) -> Record:
+        identity = self._worker.identity
+        identity.check_incarnation(start.incarnation)
+        if start.source not in (decode_pb2.PREFILL_SOURCE_REMOTE, decode_pb2.PREFILL_SOURCE_LOCAL):
+            raise InvalidRequestError("source must be REMOTE or LOCAL", field="start.source")
+        record = wire.record_from_pb(start.record)
+        if record.model_id != identity.model_id:
+            raise IncompatibleError(
+                f"the record is for model {record.model_id!r}, not for {identity.model_id!r}", reason="MODEL_MISMATCH"
+            )
+        return record
+
+    async def _admit(self, call: _Call, context: Context, *, local: bool) -> decode_pb2.DecodeResponse:
+        answer = asyncio.ensure_future(
+            self._worker.engine.call(lambda scheduler: scheduler.admit(call.key, call.record, local=local))
+        )
+        try:
+            # The engine answers after the step that runs; until then nobody may take the silence for its end.
+            while not (await asyncio.wait({answer}, timeout=HEARTBEAT_SECONDS))[0]:
+                if self._worker.engine.alive:
+                    await context.write(messages.heartbeat_to_pb(self._worker.engine.steps))
+            admitted, events = answer.result()
+        finally:
+            answer.cancel()
+        for event in events:
+            call.stream.put(event)
+        if not local and not call.stream.ended:
+            call.lease = self._worker.grant(call.key, admitted, call.record.request_id, call.attempt)
+        return _admitted_to_pb(call, admitted)
+
+    async def _serve(self, call: _Call, requests: Requests, context: Context) -> None:
+        """Writes and reads until the end, or until the stream fails, even while a write is held up by the client."""
+        writer = asyncio.create_task(_write(call.stream, context))
+        reader = asyncio.create_task(self._read(call, requests))
+        try:
+            await asyncio.wait({writer, call.stream.failed}, return_when=asyncio.FIRST_COMPLETED)
+            if call.stream.failed.done():
+                call.stream.failed.result()
+            await writer
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+
+    async def _read(self, call: _Call, requests: Requests) -> None:
+        """Takes commands until the client closes its half. A bad one ends the request."""
+        try:
+            async for request in requests:
+                await self._command(call, request)
+        except TandemError as exc:
+            call.stream.fail(exc)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except grpc.RpcError:
+            return  # the call is over; its handler is told as well
+        except Exception as exc:
+            _log.error("a command failed", exc_info=exc)
+            call.stream.fail(InternalError(f"a command failed: {exc}"))
+
+    async def _command(self, call: _Call, request: decode_pb2.DecodeRequest) -> None:
+        kind = request.WhichOneof("event")
+        if kind == "finish":
+            index = request.finish.index
+            await self._worker.engine.call(lambda scheduler: scheduler.finish(call.key, index))
+        elif kind == "retarget":
+            await self._retarget(call, request.retarget)
+        else:
+            raise InvalidRequestError("after Start only Retarget and Finish may come", field="event")
+
+    async def _retarget(self, call: _Call, message: decode_pb2.DecodeRetarget) -> None:
+        local = message.source == decode_pb2.PREFILL_SOURCE_LOCAL
+        if not local and message.source != decode_pb2.PREFILL_SOURCE_REMOTE:
+            raise InvalidRequestError("source must be REMOTE or LOCAL", field="retarget.source")
+        emitted = wire.deltas_from_pb(message.emitted)
+        lease = call.lease
+        if lease is None or lease.retarget(message.attempt, local=local):
+            call.stream.answer(Retargeted(message.attempt, committed=True))
+            return
+        self._worker.end_transfers(lease)
+        if local:
+            await _quiet(lease)
+        # Before the command: the engine may be through with a short request before this coroutine runs again.
+        call.stream.answer(Retargeted(message.attempt, False, lease.needed_start, lease.needed_end))
+        if local:
+            await self._worker.engine.call(lambda scheduler: scheduler.start_local(call.key, emitted))
+        else:
+            await self._worker.engine.call(lambda scheduler: scheduler.force(call.key, emitted))
+
+
+def _admitted_to_pb(call: _Call, admitted: Admission) -> decode_pb2.DecodeResponse:
+    return decode_pb2.DecodeResponse(
+        admitted=decode_pb2.DecodeAdmitted(
+            lease_id=call.lease.lease_id if call.lease is not None else "",
+            attempt=call.attempt,
+            cached_tokens=admitted.cached_tokens,
+            needed_start=admitted.needed_start,
+            needed_end=admitted.needed_end,
+        )
+    )
+
+
+async def first_message(requests: Requests) -> decode_pb2.DecodeStart:
+    """The Start that every stream begins with. Raises InvalidRequestError, or DeadlineError for a silent client."""
+    try:
+        request = await asyncio.wait_for(anext(aiter(requests), None), FIRST_MESSAGE_SECONDS)
+    except TimeoutError:
+        raise DeadlineError(f"no Start within {FIRST_MESSAGE_SECONDS:g} seconds") from None
+    if request is None or request.WhichOneof("event") != "start":
+        raise InvalidRequestError("the first message must be Start", field="start")
+    return request.start
+
+
+async def _write(stream: OutputStream, context: Context) -> None:
+    """Sends what waits, until End went out."""
+    while True:
+        for response in messages.decode_responses(await stream.get()):
+            await context.write(response)
+            if response.WhichOneof("event") == "end":
+                return
+
+
+async def _quiet(lease: Lease) -> None:
+    """Waits until no copy into the lease's blocks is in flight."""
+    loop = asyncio.get_running_loop()
+    quiet = asyncio.Event()
+
+    def set_quiet() -> None:
+        loop.call_soon_threadsafe(quiet.set)
+
+    lease.when_quiet(set_quiet)
+    await quiet.wait()

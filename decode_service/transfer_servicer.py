@@ -1,0 +1,189 @@
+"""KvTransferService: a prefill worker's blocks come in, copied by this process into its own pool.
+
+Life of a `Transfer` call: Open (the attempt is taken) -> Offers, each copied by a small thread pool and acknowledged,
+several at a time -> Commit: all copies over, generations checked, compare-and-set on the lease, the sequence handed to
+the engine thread -> Committed. The call dies alone: the lease lives on for another attempt. It ends when the lease or
+the attempt does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import grpc
+
+from decode_service import messages
+from decode_service.worker import DecodeWorker
+from kv_transfer.messages import Ack, Commit, Committed, Opened
+from kv_transfer.session import CopyPlan, Receiver, ReceiveSession
+from kv_transfer.transport import TargetTransport
+from tandem.errors import DeadlineError, DrainingError, InternalError, InvalidRequestError, TandemError
+from tandem.service.logging import get_logger
+from tandem.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
+
+_log = get_logger(__name__)
+_T = TypeVar("_T")
+Requests = AsyncIterator[kv_transfer_pb2.TransferRequest]
+Context = grpc.aio.ServicerContext[Any, Any]
+FIRST_MESSAGE_SECONDS = 10.0
+COPY_THREADS = 4
+
+
+class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
+    """Raises TandemErrors; the server's interceptor maps them. `close` when the server has stopped."""
+
+    def __init__(self, worker: DecodeWorker, transports: dict[str, TargetTransport]) -> None:
+        """`transports` by name, best first; they become the servicer's."""
+        identity = worker.identity
+        self._worker = worker
+        self._transports = transports
+        self._executor = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
+        self._receiver = Receiver(
+            leases=worker.leases,
+            pool=worker.pool_memory,
+            layout=identity.layout,
+            model_id=identity.model_id,
+            numerics_id=identity.numerics_id,
+            transports=transports,
+        )
+
+    def close(self) -> None:
+        """No more copies; forgets every sender."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        for transport in self._transports.values():
+            transport.close()
+
+    async def Transfer(  # type: ignore[override]  # noqa: N802
+        self, request_iterator: Requests, context: Context
+    ) -> None:
+        """See proto/tandem/v1/kv_transfer.proto."""
+        if self._worker.stopping:
+            raise DrainingError("this decode worker has stopped", retry_after=0.0)
+        transfer = _Transfer(self._worker, self._receiver, self._executor, context)
+        metrics = self._worker.metrics
+        try:
+            await transfer.run(aiter(request_iterator))
+        except Exception:
+            if metrics is not None:
+                metrics.transfer_failed()
+            raise
+        else:
+            if metrics is not None:
+                metrics.transferred(transfer.bytes_copied, time.perf_counter() - transfer.started)
+        finally:
+            transfer.close()
+
+
+class _Transfer:
+    """One call's state."""
+
+    def __init__(
+        self, worker: DecodeWorker, receiver: Receiver, executor: ThreadPoolExecutor, context: Context
+    ) -> None:
+        self._worker = worker
+        self._executor = executor
+        self._context = context
+        self._session = ReceiveSession(receiver)
+        self._block_bytes = receiver.layout.block_bytes
+        self._copies: set[asyncio.Task[None]] = set()
+        self._write_lock = asyncio.Lock()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.bytes_copied = 0
+        self.started = time.perf_counter()
+
+    async def run(self, requests: Requests) -> None:
+        """From Open to Committed."""
+        await self._open(requests)
+        with self._worker.transferring(self._session.lease) as over:
+            reader = asyncio.create_task(self._read(requests))
+            try:
+                await asyncio.wait({reader, over, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+                for ended in (self._failed, reader, over):
+                    if ended.done():
+                        ended.result()
+                        return
+            finally:
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
+
+    def close(self) -> None:
+        """The call is over: copies in flight stop at their next block, and the lease waits for them."""
+        self._session.close()
+        for task in self._copies:
+            task.cancel()
+        self._failed.cancel()
+
+    async def _open(self, requests: Requests) -> None:
+        try:
+            request = await asyncio.wait_for(anext(requests, None), FIRST_MESSAGE_SECONDS)
+        except TimeoutError:
+            raise DeadlineError(f"no Open within {FIRST_MESSAGE_SECONDS:g} seconds") from None
+        if request is None or request.WhichOneof("event") != "open":
+            raise InvalidRequestError("the first message of a transfer must be Open", field="open")
+        opening = messages.open_from_pb(request.open)
+        await self._answer(await self._in_thread(lambda: self._session.on_open(opening)))
+
+    async def _read(self, requests: Requests) -> None:
+        async for request in requests:
+            kind = request.WhichOneof("event")
+            if kind == "offer":
+                self._start_copy(self._session.on_offer(messages.offer_from_pb(request.offer)))
+            elif kind == "commit":
+                await self._commit(messages.commit_from_pb(request.commit))
+                return
+            else:
+                raise InvalidRequestError("after Open only Offer and Commit may come", field="event")
+        raise InvalidRequestError("the transfer ended without a commit", field="commit")
+
+    def _start_copy(self, plan: CopyPlan) -> None:
+        task = asyncio.create_task(self._copy(plan))
+        self._copies.add(task)
+        task.add_done_callback(self._copies.discard)
+
+    async def _copy(self, plan: CopyPlan) -> None:
+        try:
+            ack = await self._in_thread(lambda: self._session.copy(plan))
+            self.bytes_copied += len(plan.target_blocks) * self._block_bytes
+            await self._answer(ack)
+        except (TandemError, grpc.RpcError) as exc:
+            self._fail(exc)
+        except Exception as exc:
+            _log.error("a copy failed", exc_info=exc)
+            self._fail(InternalError(f"a copy failed: {exc}"))
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+            self._failed.exception()  # retrieved: the call may have ended another way
+
+    async def _commit(self, commit: Commit) -> None:
+        """Copies first. Once the lease says committed, the engine must take the sequence, or the request fails."""
+        await asyncio.gather(*self._copies)
+        if self._failed.done():
+            self._failed.result()
+        # Shielded: between the lease's commit and the engine's, the end of this call must not lose the sequence.
+        taking = asyncio.create_task(self._take(commit))
+        await self._answer(await asyncio.shield(taking))
+
+    async def _take(self, commit: Commit) -> Committed:
+        key = self._worker.key_of(self._session.lease)
+        committed = await self._in_thread(lambda: self._session.on_commit(commit))
+        if committed.already_committed:
+            return committed
+        try:
+            await self._worker.engine.call(lambda scheduler: scheduler.commit(key, commit.record, commit.token_end))
+        except Exception as exc:
+            self._worker.fail_stream(key, exc if isinstance(exc, TandemError) else InternalError(f"commit: {exc}"))
+            raise
+        return committed
+
+    async def _answer(self, answer: Opened | Ack | Committed) -> None:
+        async with self._write_lock:
+            await self._context.write(messages.transfer_answer(answer))
+
+    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)

@@ -1,0 +1,100 @@
+"""What crosses from a scheduler to a runner and back: one `Batch` in, one `StepOutput` out. Plain data, torch-free.
+
+Who fills what:
+    scheduler   Batch, Slice, SampleSpec: which tokens are computed, into which blocks, and which rows are sampled, how.
+    runner      StepOutput, SampledToken: one list of samples per slice, in the order of `Slice.samples`.
+A scheduler may pass its own lists (`token_ids`, `block_table`, `output`); the runner reads them during `run` and keeps
+none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tandem.errors import TandemError
+from tandem.record import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """One token to draw from the logits of a slice's last row."""
+
+    index: int
+    """Which of the request's n outputs; part of the noise's key."""
+    params: SamplingParams
+    position: int
+    """Place of the drawn token within its output, from 0 (that is len(output)); part of the noise's key."""
+    prompt: Sequence[int] = ()
+    """Prompt ids, for the repetition penalty. Always filled (the fake runner checks them); no copy is made."""
+    output: Sequence[int] = ()
+    """Ids of this output so far, for all penalties."""
+    suppress: tuple[int, ...] = ()
+    """Ids that must not be drawn now, such as end-of-sequence ids before min_tokens."""
+    logprobs: int | None = None
+    """Alternatives to report; 0: the drawn token's own log probability only; None: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One sequence's share of a step: computes the tokens at positions start .. start+len(token_ids)-1 and caches their
+    KV."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    """Ids to compute, at least one. In decode: the one token drawn last."""
+    start: int
+    """Absolute position of the first; KV of 0 .. start-1 is in the cache already."""
+    block_table: Sequence[int]
+    """The sequence's blocks in order, covering at least start+len(token_ids) positions; those written are private."""
+    samples: list[SampleSpec] = field(default_factory=list)
+    """Drawn from the LAST row's logits, one token each (n first tokens come from one prompt row). Empty: no logits."""
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence in the cache after this step."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. `copies` (source block, destination block) happen in order, before anything is computed."""
+
+    slices: list[Slice]
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the forward pass."""
+        return sum(len(item.token_ids) for item in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One drawn token; `logprobs` when the spec asked for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step drew. `samples[i][j]` answers `batch.slices[i].samples[j]`; unsampled slices have an empty list."""
+
+    samples: list[list[SampledToken]]
+    errors: dict[int, TandemError] = field(default_factory=dict)
+    """Slice number -> why it has no samples (NaN logits). The other slices of the step are sound; end only this
+    request."""
+
+
+class StepRunner(Protocol):
+    """Runs batches on one device. Stateless about sequences; called from one thread."""
+
+    def run(self, batch: Batch) -> StepOutput:
+        """Copies, computes and draws. Raises InternalError for a batch that breaks its contract."""
+        ...
+
+    def warm_up(self) -> None:
+        """Pays for lazy initialisation before the first request."""
+        ...

@@ -1,0 +1,249 @@
+"""What a model is (`ModelConfig`) and how the engine runs it (`EngineConfig`).
+
+Both are frozen, and every "auto" is resolved before construction.
+
+Torch-free. `ModelConfig` is built by `engine.weights` from a checkpoint's own metadata; `EngineConfig` is built by
+`resolve_engine_config` from flags, or directly in tests. Both are immutable and may be shared between threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Final, Literal
+
+from tandem.errors import ConfigError
+
+Compute = Literal["exact", "bf16"]
+Dtype = Literal["float32", "bfloat16"]
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
+
+ROPE_KINDS: Final = ("default", "linear", "llama3", "yarn")
+COMPUTES: Final = ("auto", "exact", "bf16")
+DTYPES: Final = ("auto", "float32", "bfloat16")
+DTYPE_ALIASES: Final = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16"}
+DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
+BLOCK_SIZES: Final = (1, 256)
+
+DEFAULT_NUM_BLOCKS: Final = 2048
+DEFAULT_KV_SHARE: Final = 0.125
+"""Share of the machine's memory that the KV cache may grow to when nothing is said; workers share machines."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding, as `engine.models.rope` turns it into tables.
+
+    `kind` says which fields count: "linear" uses `factor`; "llama3" also `low_freq_factor`, `high_freq_factor` and
+    `original_max_context`; "yarn" uses `factor`, `original_max_context`, `beta_fast`, `beta_slow`, `truncate`,
+    `mscale`, `mscale_all_dim` and `attention_factor` (None: derived from `factor`).
+    """
+
+    theta: float
+    rotary_dim: int
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_context: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    frequency_factors: tuple[float, ...] | None = None
+    """Divisors of the inverse frequencies [rotary_dim/2], as GGUF stores them (`rope_freqs.weight`); None: all 1."""
+    interleaved: bool = False
+    """False: halves are paired (NeoX); True: neighbours are paired (GPT-J)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of one model; widths in elements, lengths in tokens."""
+
+    architecture: str
+    """One of `engine.models.registry.ARCHITECTURES`: llama, mistral, qwen2, qwen3."""
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_eps: float
+    rope: RopeConfig
+    max_context: int
+    sliding_window: int | None = None
+    """A query at position p sees positions > p - sliding_window; None: all."""
+    sliding_layers: tuple[bool, ...] | None = None
+    """Which layers have the window; None: all of them (when `sliding_window` is set)."""
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    """Biases on q, k and v."""
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    quantization: str = "none"
+    """What the file holds, for people: the commonest tensor type, such as "Q4_1" or "bfloat16"."""
+    name: str = ""
+
+    def layer_window(self, layer: int) -> int | None:
+        """The sliding window of `layer` in tokens, or None when it sees everything."""
+        if self.sliding_window is None:
+            return None
+        if self.sliding_layers is not None and not self.sliding_layers[layer]:
+            return None
+        return self.sliding_window
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Elements of K and V that one token takes over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How one engine runs one model; sizes in tokens, blocks or bytes as named."""
+
+    model: str
+    """Path of a GGUF file or a Hugging Face folder."""
+    device: Literal["cpu"] = "cpu"
+    compute: Compute = "exact"
+    """"exact": float32 products in a fixed order, a row's bits depend on nothing else. "bf16": faster, not exact."""
+    dtype: Dtype = "float32"
+    """What the weights of the big products are held in. Activations are float32 always."""
+    kv_dtype: Dtype = "float32"
+    block_size: int = 16
+    num_blocks: int = DEFAULT_NUM_BLOCKS
+    max_step_tokens: int = 512
+    """The token budget of one step (prefill's chunk size)."""
+    max_sequences: int = 64
+    prefix_cache: bool = True
+    threads: int | None = None
+    """OpenMP threads; None: the machine's choice."""
+    max_context: int | None = None
+    """Lowers the model's own limit; None: the model's."""
+
+    def context_limit(self, model: ModelConfig) -> int:
+        """The longest sequence in tokens that this engine serves of `model`."""
+        return model.max_context if self.max_context is None else min(self.max_context, model.max_context)
+
+    def block_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one KV block over all layers."""
+        return self.block_size * model.kv_elements_per_token * DTYPE_BYTES[self.kv_dtype]
+
+
+Settings = Mapping[str, object]
+
+SETTINGS: Final = (*(f.name for f in fields(EngineConfig)), "kv_memory")
+"""Keys of `resolve_engine_config`: EngineConfig's fields and `kv_memory` (bytes, in place of `num_blocks`)."""
+
+
+def resolve_engine_config(settings: Settings, model_config: ModelConfig | None = None) -> EngineConfig:
+    """Turn flags into an `EngineConfig`: "auto" (or None, or a missing key) becomes a concrete value.
+
+    `settings` has keys from `SETTINGS`; `model` is required. `model_config` (from `engine.weights.read_config`) lets
+    `num_blocks` follow memory; without it "auto" is `DEFAULT_NUM_BLOCKS`, and `kv_memory` is refused.
+    Raises ConfigError with the key and the allowed values.
+    """
+    unknown = sorted(set(settings) - set(SETTINGS))
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(SETTINGS))}")
+    compute = _resolve_compute(settings)
+    dtype = _resolve_dtype(settings, "dtype", "bfloat16" if compute == "bf16" else "float32")
+    if compute == "bf16" and dtype != "bfloat16":
+        raise ConfigError(f"dtype: compute bf16 holds weights in bfloat16, not {dtype}; use dtype bfloat16 or auto")
+    _choice(settings, "device", ("auto", "cpu"))
+    model = settings.get("model")
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise ConfigError("model: must be the path of a GGUF file or a Hugging Face folder")
+    config = EngineConfig(
+        model=str(os.fspath(model)),
+        compute=compute,
+        dtype=dtype,
+        kv_dtype=_resolve_dtype(settings, "kv_dtype", "bfloat16" if compute == "bf16" else "float32"),
+        block_size=_integer(settings, "block_size", 16, *BLOCK_SIZES),
+        num_blocks=DEFAULT_NUM_BLOCKS,
+        max_step_tokens=_integer(settings, "max_step_tokens", 512, 1, 1 << 16),
+        max_sequences=_integer(settings, "max_sequences", 64, 1, 4096),
+        prefix_cache=_boolean(settings, "prefix_cache", True),
+        threads=_optional_integer(settings, "threads", 1, 1024),
+        max_context=_optional_integer(settings, "max_context", 1, 1 << 24),
+    )
+    return replace(config, num_blocks=_resolve_num_blocks(settings, config, model_config))
+
+
+def _resolve_compute(settings: Settings) -> Compute:
+    """auto is exact: bf16 products are a choice that costs quality, so somebody must make it."""
+    return "bf16" if _choice(settings, "compute", COMPUTES) == "bf16" else "exact"
+
+
+def _resolve_dtype(settings: Settings, key: str, automatic: Dtype) -> Dtype:
+    chosen = _choice(settings, key, DTYPES, DTYPE_ALIASES)
+    if chosen == "float32":
+        return "float32"
+    return "bfloat16" if chosen == "bfloat16" else automatic
+
+
+def _resolve_num_blocks(settings: Settings, config: EngineConfig, model: ModelConfig | None) -> int:
+    """Explicit blocks, else as many as `kv_memory` holds, else a share of the machine's memory, no more than useful."""
+    explicit = _optional_integer(settings, "num_blocks", 1, 1 << 26)
+    memory = _optional_integer(settings, "kv_memory", 1, 1 << 50)
+    if explicit is not None and memory is not None:
+        raise ConfigError("kv_memory: give num_blocks or kv_memory, not both")
+    if explicit is not None:
+        return explicit
+    if model is None:
+        if memory is not None:
+            raise ConfigError("kv_memory: needs the model's shape; give num_blocks")
+        return DEFAULT_NUM_BLOCKS
+    block_bytes = config.block_bytes(model)
+    if memory is not None:
+        if memory < block_bytes:
+            raise ConfigError(f"kv_memory: {memory} bytes hold no block; one block takes {block_bytes} bytes")
+        return memory // block_bytes
+    useful = config.max_sequences * -(-config.context_limit(model) // config.block_size)
+    return max(1, min(useful, int(_machine_memory() * DEFAULT_KV_SHARE) // block_bytes))
+
+
+def _choice(settings: Settings, key: str, allowed: tuple[str, ...], aliases: Mapping[str, str] | None = None) -> str:
+    value = settings.get(key)
+    if value is None:
+        return "auto"
+    text = str(value)
+    text = (aliases or {}).get(text, text)
+    if text not in allowed:
+        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
+    return text
+
+
+def _integer(settings: Settings, key: str, default: int, low: int, high: int) -> int:
+    value = _optional_integer(settings, key, low, high)
+    return default if value is None else value
+
+
+def _optional_integer(settings: Settings, key: str, low: int, high: int) -> int | None:
+    value = settings.get(key)
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{key}: {value!r} is not an integer between {low} and {high}")
+    return value
+
+
+def _boolean(settings: Settings, key: str, default: bool) -> bool:
+    value = settings.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}: {value!r} is not true or false")
+    return value
+
+
+def _machine_memory() -> int:
+    """Bytes of physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

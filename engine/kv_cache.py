@@ -1,0 +1,71 @@
+"""The paged KV cache: one tensor over memory that may be shared with other processes.
+
+Life cycle: sized by `kv_bytes` -> built over the caller's buffer or memory of its own, no page touched -> written by
+steps and by transfers -> dropped. Who may write which block is the block pool's business, not the cache's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig, ModelConfig
+from tandem.errors import ConfigError
+
+TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def kv_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> tuple[int, int]:
+    """(bytes of one block over all layers, bytes of the whole pool)."""
+    block = engine_config.block_bytes(model_config)
+    return block, block * engine_config.num_blocks
+
+
+class KVCache:
+    """Tensor [num_blocks, layers, 2, kv_heads, block_size, head_dim] of `kv_dtype`; a block's bytes are contiguous."""
+
+    def __init__(
+        self, model_config: ModelConfig, engine_config: EngineConfig, buffer: memoryview | None = None
+    ) -> None:
+        """`buffer` is writable and holds exactly `kv_bytes(...)[1]` bytes; None: anonymous memory.
+
+        Raises ConfigError when the size differs or the memory can't be had.
+        """
+        self.block_bytes, total = kv_bytes(model_config, engine_config)
+        self._memory = _reserve(total) if buffer is None else buffer
+        if self._memory.nbytes != total:
+            raise ConfigError(f"a KV cache of {total} bytes doesn't fit a buffer of {self._memory.nbytes} bytes")
+        shape = (
+            engine_config.num_blocks,
+            model_config.num_layers,
+            2,
+            model_config.num_kv_heads,
+            engine_config.block_size,
+            model_config.head_dim,
+        )
+        flat = torch.frombuffer(self._memory, dtype=TORCH_DTYPES[engine_config.kv_dtype])
+        self.tensor = flat.view(shape)
+        self._layers = tuple(self.tensor[:, index] for index in range(model_config.num_layers))
+
+    def layer(self, index: int) -> Tensor:
+        """K and V of one layer: a view [num_blocks, 2, kv_heads, block_size, head_dim]."""
+        return self._layers[index]
+
+    def blocks_view(self) -> memoryview:
+        """All blocks' bytes: uint8 [num_blocks * block_bytes], writable."""
+        return self._memory.cast("B")
+
+
+def _reserve(size: int) -> memoryview:
+    """Anonymous pages, taken from the machine when first written."""
+    try:
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError, ctypes.ArgumentError) as error:
+        raise ConfigError(
+            f"can't reserve {size} bytes for KV blocks: {error}; use fewer blocks (--num-blocks)"
+        ) from error
+    return memoryview(pages)

@@ -1,0 +1,1 @@
+"""Models. Imports nothing, so that `engine.models.registry` stays free of torch."""

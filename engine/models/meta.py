@@ -1,0 +1,28 @@
+"""What a forward pass must know about its rows, beside their token ids. The runner fills it, the model reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardMeta:
+    """One step: T rows of S sequences, packed one sequence after another. All tensors are contiguous, on the CPU.
+
+    Row i is token `positions[i]` of its sequence; its K and V go to slot `slots[i]` before attention reads them.
+    """
+
+    positions: Tensor
+    """int64 [T]: absolute position of each row in its sequence, from 0."""
+    slots: Tensor
+    """int64 [T]: where each row's K and V are written: block * block_size + offset."""
+    block_tables: Tensor
+    """int32 [S, B]: each sequence's blocks in order, padded with any valid block (0) on the right."""
+    query_starts: Tensor
+    """int32 [S+1]: rows query_starts[s] to query_starts[s+1] belong to sequence s; the last is T."""
+    context_lens: Tensor
+    """int32 [S]: tokens of each sequence in the cache after this step, its own rows included."""

@@ -1,0 +1,27 @@
+"""The numerics id: two engines' results have the same bits only when theirs are equal. Part of every prefix hash."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.config import EngineConfig
+from kernels.dispatch import Implementation
+
+VERSION = 1
+"""Raised when the transformer's order of operations changes."""
+
+
+def numerics_id(engine_config: EngineConfig, kernels: Implementation) -> str:
+    """What decides a result's bits beside the model: compute, dtypes, kernels, torch (RoPE tables and bf16 products).
+
+    `kernels` is `kernels.dispatch.select()`. Block size, batch, chunks and threads do not count with compute "exact".
+    """
+    parts = (
+        f"v{VERSION}",
+        engine_config.compute,
+        engine_config.dtype,
+        f"kv-{engine_config.kv_dtype}",
+        kernels.numerics,
+        f"torch-{torch.__version__}",
+    )
+    return "/".join(parts)

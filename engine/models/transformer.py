@@ -1,0 +1,159 @@
+"""The one transformer: Llama, Mistral, Qwen2 and Qwen3 by configuration.
+
+A `Model` is immutable once loaded and holds no state of any sequence: what a step needs comes as `ForwardMeta`, what it
+leaves goes to the KV cache. All arithmetic is in `kernels`, one row's bits never depend on another row (with compute
+"exact"); activations are float32 [rows, width] throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.models.meta import ForwardMeta
+from kernels.activation import silu_mul
+from kernels.attention import paged_attention
+from kernels.linear import PackedLinear, linear
+from kernels.norm import rms_norm, rms_norm_heads
+from kernels.rope import rope_and_store
+
+
+class KvLayers(Protocol):
+    """The paged cache, as far as a model reads it."""
+
+    def layer(self, index: int) -> Tensor:
+        """K and V of one layer: [num_blocks, 2, Hkv, block_size, D], a view of the whole cache."""
+
+
+class Embedding(Protocol):
+    """Token ids to rows."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """int64 [T] -> float32 [T, W]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """A packed weight [N, K] with its bias float32 [N] or None."""
+
+    packed: PackedLinear
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [T, K] -> float32 [T, N]."""
+        return linear(x, self.packed, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """The weights of one layer; norms are float32 [W], head norms float32 [D] or None."""
+
+    input_norm: Tensor
+    qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+    """Sliding window in tokens; None: the layer sees everything."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        norms = (self.input_norm, self.query_norm, self.key_norm, self.post_norm)
+        linears = (self.qkv, self.output, self.gate_up, self.down)
+        return sum(n.nbytes for n in norms if n is not None) + sum(w.nbytes for w in linears)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A loaded model, see the module's text. Built by `engine.models.loader.load_model`."""
+
+    config: ModelConfig
+    embedding: Embedding
+    layers: Sequence[Layer]
+    final_norm: Tensor
+    head: Linear
+    cos: Tensor
+    """float32 [max positions, rotary_dim / 2], beside `sin`."""
+    sin: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights; tied ones count once."""
+        tables = self.cos.nbytes + self.sin.nbytes + self.final_norm.nbytes
+        return self.embedding.nbytes + self.head.nbytes + tables + sum(layer.nbytes for layer in self.layers)
+
+    def forward(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers) -> Tensor:
+        """One step over T rows: writes their K and V to the cache and returns hidden states float32 [T, W].
+
+        `token_ids` is int64 [T]; `meta` places the rows. The result is normed and ready for `logits`.
+        Raises InternalError when ids, positions, slots or blocks are out of range.
+        """
+        residual = self.embedding(token_ids)
+        x = rms_norm(residual, self.layers[0].input_norm, self.config.rms_eps)
+        for index, layer in enumerate(self.layers):
+            update = self._attention(layer, x, meta, kv_cache.layer(index))
+            x = rms_norm(update, layer.post_norm, self.config.rms_eps, residual=residual)
+            update = layer.down(silu_mul(layer.gate_up(x)))
+            x = rms_norm(update, self._norm_after(index), self.config.rms_eps, residual=residual)
+        return x
+
+    def logits(self, hidden_rows: Tensor) -> Tensor:
+        """Logits of rows of `forward`'s result: float32 [R, W] -> float32 [R, V]."""
+        return self.head(hidden_rows)
+
+    def _attention(self, layer: Layer, x: Tensor, meta: ForwardMeta, kv_layer: Tensor) -> Tensor:
+        """Attention of `layer` with its output product: float32 [T, W] -> float32 [T, W]."""
+        config = self.config
+        qkv = layer.qkv(x)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            qkv = self._norm_heads(qkv, layer.query_norm, layer.key_norm)
+        q = rope_and_store(
+            qkv,
+            meta.positions,
+            meta.slots,
+            self.cos,
+            self.sin,
+            kv_layer,
+            config.num_heads,
+            config.num_kv_heads,
+            interleaved=config.rope.interleaved,
+        )
+        tables, starts, lengths = meta.block_tables, meta.query_starts, meta.context_lens
+        scale = config.head_dim**-0.5
+        mixed = paged_attention(q, kv_layer, tables, starts, lengths, scale, layer.window)
+        return layer.output(mixed.view(x.shape[0], config.num_heads * config.head_dim))
+
+    def _norm_heads(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
+        """Norm every head of q and of k within qkv [T, (Hq + 2 Hkv) D], in place."""
+        config = self.config
+        heads = qkv.view(qkv.shape[0], -1, config.head_dim)
+        query = heads[:, : config.num_heads]
+        key = heads[:, config.num_heads : config.num_heads + config.num_kv_heads]
+        rms_norm_heads(query, query_norm, config.rms_eps, out=query)
+        rms_norm_heads(key, key_norm, config.rms_eps, out=key)
+        return qkv
+
+    def _norm_after(self, index: int) -> Tensor:
+        """The norm that follows layer `index`: the next layer's, or the last one."""
+        return self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.final_norm
+
+
+Progress = Callable[[int, int], None]
+"""Called with (layers loaded, layers in all)."""

@@ -1,0 +1,115 @@
+"""What a model file offers to the loader, whatever its format, and how to open one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from torch import Tensor
+
+from engine.config import ModelConfig
+from tandem.errors import ModelFormatError
+
+MAX_HEAD_DIM: Final = 256
+HEAD_DIM_STEP: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor exactly as the file holds it; `data` is a window onto the map."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class Checkpoint(Protocol):
+    """An open model file. Tensors have Hugging Face names: `model.layers.0.self_attn.q_proj.weight` and so on.
+
+    Life cycle: `open_checkpoint` maps the files and checks their headers; `tensor` reads one tensor, `release` gives
+    its source pages back; `close` unmaps. All but `close` may be called from several threads.
+    """
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Every file that the model is read from."""
+
+    def names(self) -> Sequence[str]:
+        """All tensors, sorted."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, outermost first. Raises ModelFormatError when there is no such tensor."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as float32, or as bfloat16 when the file holds that; perhaps a view of the map: never write to it.
+
+        Raises ModelFormatError when it is missing or of a type that is not supported.
+        """
+
+    def release(self, name: str) -> None:
+        """Give back the memory of the tensor's source pages; it may still be read again."""
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Every tensor as the file holds it, in order of name: what `model_id` digests."""
+
+    def close(self) -> None:
+        """Unmap the files. Views that still live keep their map."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a GGUF file or a Hugging Face safetensors folder.
+
+    Raises ModelFormatError: missing, truncated, not a model, of an unknown architecture or type.
+    """
+    # Late imports: the two formats import this module for the protocol.
+    from engine.weights.gguf import GgufCheckpoint
+    from engine.weights.safetensors import SafetensorsCheckpoint
+
+    where = Path(path).expanduser()
+    if where.is_dir():
+        return SafetensorsCheckpoint(where)
+    if not where.exists():
+        raise ModelFormatError(f"{where}: no such file or folder")
+    if where.suffix == ".safetensors":
+        raise ModelFormatError(f"{where}: give the folder that holds it, with its config.json")
+    if where.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}:
+        raise ModelFormatError(f"{where}: {PICKLE_REFUSED}")
+    return GgufCheckpoint(where)
+
+
+PICKLE_REFUSED: Final = "pickle files can run code and are never loaded; convert the model to safetensors or GGUF"
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The shape of the model at `path`, without reading its weights. Raises ModelFormatError as `open_checkpoint`."""
+    checkpoint = open_checkpoint(path)
+    try:
+        return checkpoint.config
+    finally:
+        checkpoint.close()
+
+
+def check_config(config: ModelConfig, source: Path) -> ModelConfig:
+    """Return `config` when the engine can run it. Raises ModelFormatError saying what it cannot."""
+    if config.num_heads % config.num_kv_heads:
+        raise ModelFormatError(f"{source}: {config.num_heads} heads do not divide by {config.num_kv_heads} KV heads")
+    if config.head_dim % HEAD_DIM_STEP or config.head_dim > MAX_HEAD_DIM:
+        raise ModelFormatError(
+            f"{source}: heads of {config.head_dim} are not supported: multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
+        )
+    rope = config.rope
+    if rope.rotary_dim % 2 or rope.rotary_dim > config.head_dim:
+        raise ModelFormatError(f"{source}: {rope.rotary_dim} rotary elements do not fit heads of {config.head_dim}")
+    if rope.frequency_factors is not None and len(rope.frequency_factors) != rope.rotary_dim // 2:
+        raise ModelFormatError(f"{source}: {len(rope.frequency_factors)} RoPE factors for {rope.rotary_dim} elements")
+    outside = [i for i in config.eos_token_ids if i >= config.vocab_size]
+    if outside:
+        raise ModelFormatError(f"{source}: end token {outside[0]} is outside the vocabulary of {config.vocab_size}")
+    return config

@@ -1,0 +1,210 @@
+"""Hugging Face folders: config.json and safetensors, one file or sharded; memory-mapped, copied here only from float16.
+
+Life cycle: as `engine.weights.checkpoint.Checkpoint` says. Headers are read here and not by the `safetensors` package:
+each range is checked against the file's size, and mapping the file ourselves lets `release` give pages back.
+Format: github.com/huggingface/safetensors (64-bit header length, JSON header, tensor bytes).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeGuard
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.weights.checkpoint import PICKLE_REFUSED, StoredTensor, check_config
+from engine.weights.hf_config import hf_model_config, read_json
+from engine.weights.mapping import MappedFile
+from tandem.errors import ModelFormatError
+
+INDEX_NAME: Final = "model.safetensors.index.json"
+SINGLE_NAME: Final = "model.safetensors"
+MAX_HEADER_BYTES: Final = 100 << 20
+MAX_SHARDS: Final = 4096
+DTYPES: Final[Mapping[str, torch.dtype]] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a tensor lies; `start` and `length` in bytes."""
+
+    file: MappedFile
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face folder, see the module's text."""
+
+    def __init__(self, folder: Path) -> None:
+        """Map the folder's files and read their headers. Raises ModelFormatError as `open_checkpoint`."""
+        self._folder = folder
+        self._maps: list[MappedFile] = []
+        self._entries: dict[str, _Entry] = {}
+        try:
+            if not (folder / "config.json").is_file():
+                raise ModelFormatError(_not_a_model(folder))
+            for path in _weight_files(folder):
+                self._add(path)
+            self._config = check_config(hf_model_config(folder, self._commonest_dtype()), folder)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self._config
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """config.json, generation_config.json when there, and the weights."""
+        configs = [self._folder / name for name in ("config.json", "generation_config.json")]
+        return (*(path for path in configs if path.exists()), *(file.path for file in self._maps))
+
+    def names(self) -> Sequence[str]:
+        """All tensors, sorted."""
+        return sorted(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, outermost first."""
+        return self._entry(name).shape
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor: float32 or bfloat16 as a view of the map, float16 as new float32 memory."""
+        entry = self._entry(name)
+        if entry.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise ModelFormatError(f"{entry.file.path}: tensor {name} has type {entry.dtype}; supported: {known}")
+        tensor = entry.file.tensor(entry.start, entry.shape, DTYPES[entry.dtype])
+        return tensor.float() if entry.dtype == "F16" else tensor
+
+    def release(self, name: str) -> None:
+        """Give the tensor's source pages back."""
+        entry = self._entry(name)
+        entry.file.drop(entry.start, entry.length)
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Every tensor as the files hold it, in order of name."""
+        for name in self.names():
+            entry = self._entries[name]
+            yield StoredTensor(name, entry.dtype, entry.shape, entry.file.view(entry.start, entry.length))
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self._maps:
+            file.close()
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise ModelFormatError(f"{self._folder}: tensor {name} is missing") from None
+
+    def _add(self, path: Path) -> None:
+        file = MappedFile(path)
+        self._maps.append(file)
+        for name, entry in _read_header(file).items():
+            if name in self._entries:
+                raise ModelFormatError(f"{path}: tensor {name} is in two files")
+            self._entries[name] = entry
+
+    def _commonest_dtype(self) -> str:
+        sizes: Counter[str] = Counter()
+        for entry in self._entries.values():
+            sizes[entry.dtype] += entry.length
+        return _NAMES.get(sizes.most_common(1)[0][0], "unknown") if sizes else "unknown"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of `folder`, by its index when sharded."""
+    index = folder / INDEX_NAME
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
+    if not index.is_file():
+        raise ModelFormatError(_not_a_model(folder))
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise ModelFormatError(f"{index}: weight_map is missing or empty")
+    shards = sorted({str(name) for name in mapping.values()})
+    if len(shards) > MAX_SHARDS:
+        raise ModelFormatError(f"{index}: {len(shards)} shards; at most {MAX_SHARDS}")
+    for shard in shards:
+        # A name with a separator could point anywhere on this machine.
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ModelFormatError(f"{index}: {shard!r} is not the name of a safetensors file beside it")
+    return [folder / shard for shard in shards]
+
+
+def _not_a_model(folder: Path) -> str:
+    """Why `folder` holds no model, as helpful as can be."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return f"{folder}: a folder of GGUF files: give the file's path, such as {folder / gguf[0]}"
+    if "config.json" not in names and any(name.endswith(".safetensors") for name in names):
+        return f"{folder}: config.json is missing"
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return f"{folder}: no safetensors files: {PICKLE_REFUSED}"
+    if "tokenizer.json" in names or "tokenizer_config.json" in names:
+        return f"{folder}: holds a tokenizer but no weights ({SINGLE_NAME} or {INDEX_NAME})"
+    if "config.json" in names:
+        return f"{folder}: has config.json but no weights ({SINGLE_NAME} or {INDEX_NAME})"
+    return f"{folder}: not a model: no config.json and no {SINGLE_NAME}"
+
+
+def _read_header(file: MappedFile) -> dict[str, _Entry]:
+    """The tensors of one file, every range checked."""
+    if file.size < 8:
+        raise ModelFormatError(f"{file.path}: truncated: {file.size} bytes hold no safetensors header")
+    length = int.from_bytes(file.view(0, 8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise ModelFormatError(f"{file.path}: not a safetensors file: its header would have {length} bytes")
+    if 8 + length > file.size:
+        raise ModelFormatError(
+            f"{file.path}: truncated: the header ends at byte {8 + length}, the file has {file.size}"
+        )
+    try:
+        header = json.loads(bytes(file.view(8, length)))
+    except (ValueError, RecursionError) as error:
+        raise ModelFormatError(f"{file.path}: not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise ModelFormatError(f"{file.path}: not a safetensors file: its header is no JSON object")
+    header.pop("__metadata__", None)
+    entries = {str(name): _read_entry(file, str(name), value, 8 + length) for name, value in header.items()}
+    end = max((entry.start + entry.length for entry in entries.values()), default=8 + length)
+    if end != file.size:
+        problem = "truncated" if end > file.size else "damaged"
+        raise ModelFormatError(f"{file.path}: {problem}: its tensors end at byte {end}, the file has {file.size}")
+    return entries
+
+
+def _read_entry(file: MappedFile, name: str, value: object, base: int) -> _Entry:
+    """One header entry; types that the engine cannot use are accepted here and refused when read."""
+    invalid = ModelFormatError(f"{file.path}: not a valid safetensors file: entry {name!r}")
+    if not isinstance(value, dict):
+        raise invalid
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise invalid
+    start, end = offsets
+    if start > end:
+        raise invalid
+    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else None
+    if itemsize is not None and math.prod(shape) * itemsize != end - start:
+        raise ModelFormatError(f"{file.path}: tensor {name}: {end - start} bytes do not hold {dtype} {shape}")
+    return _Entry(file, dtype, tuple(shape), base + start, end - start)
+
+
+def _sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)

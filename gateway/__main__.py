@@ -1,0 +1,103 @@
+"""`python -m gateway`: one gateway process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gateway.config import GatewayConfig, Limits, Patience
+from gateway.wiring import Bindings, Gateway
+from tandem.errors import ConfigError
+from tandem.service import address as addresses
+from tandem.service import logging, server
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags of the gateway."""
+    config = GatewayConfig()
+    flags = argparse.ArgumentParser("python -m gateway", description="Tandem's gateway", allow_abbrev=False)
+    add = flags.add_argument
+    add("--model", required=True, help="GGUF file or Hugging Face folder; only its tokenizer is read")
+    add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="gRPC; port 0 for any")
+    add("--http", default="127.0.0.1:0", metavar="HOST:PORT", help="/metrics and /healthz; port 0 for any")
+    add("--workers-file", type=Path, help='JSON {"prefill": [...], "decode": [...]}, watched for changes')
+    add("--prefill-worker", action="append", default=[], metavar="HOST:PORT", help="may be repeated")
+    add("--decode-worker", action="append", default=[], metavar="HOST:PORT", help="may be repeated")
+    add("--max-queue", type=_positive, default=config.max_queue, help="requests that may wait for workers")
+    add(
+        "--default-timeout", type=_seconds, default=config.patience.default_timeout, help="seconds, where none is given"
+    )
+    add("--max-prompt-bytes", type=_positive, default=config.limits.max_prompt_bytes, help="most bytes of text")
+    add(
+        "--local-prefill-threshold",
+        type=_not_negative,
+        default=config.local_prefill_threshold,
+        help="prompts that lack at most this many tokens are computed by the decode worker",
+    )
+    add("--drain-grace", type=_seconds, default=30.0, help="seconds that running requests get after SIGTERM")
+    add("--log-level", default="info", choices=logging.LEVELS)
+    return flags
+
+
+def _bindings(flags: argparse.Namespace) -> Bindings:
+    listed = [*flags.prefill_worker, *flags.decode_worker]
+    if flags.workers_file and listed:
+        raise ConfigError("--workers-file: give either this or --prefill-worker and --decode-worker")
+    if not flags.workers_file and not flags.decode_worker:
+        raise ConfigError("--decode-worker: at least one is needed, or --workers-file")
+    for text in listed:
+        addresses.parse(text, flag="--prefill-worker/--decode-worker")
+    return Bindings(
+        flags.model, flags.listen, flags.http, flags.workers_file, flags.prefill_worker, flags.decode_worker
+    )
+
+
+async def _main(flags: argparse.Namespace) -> int:
+    config = GatewayConfig(
+        max_queue=flags.max_queue,
+        local_prefill_threshold=flags.local_prefill_threshold,
+        limits=replace(Limits(), max_prompt_bytes=flags.max_prompt_bytes),
+        patience=replace(Patience(), default_timeout=flags.default_timeout),
+    )
+    gateway = Gateway(_bindings(flags), config)
+    try:
+        await gateway.start()
+        print(gateway.ready_line(), flush=True)  # noqa: T201
+        return await gateway.run(flags.drain_grace)
+    finally:
+        await gateway.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs until a signal; the exit code."""
+    flags = parser().parse_args(argv)
+    logging.configure("gateway", flags.log_level)
+    return server.run(lambda: _main(flags))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

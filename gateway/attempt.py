@@ -1,0 +1,226 @@
+"""A request aboard one decode worker, with as many prefill workers as it takes.
+
+Life cycle: `Attempt(...)` -> `run()`: Decode is opened -> Admitted -> Prefill (or local) -> tokens from both, ordered
+by `Outputs` -> all choices done, or `DecodeLost`. A prefill worker that fails before the commit is replaced
+(`Retarget`). However `run` ends, both RPCs are closed and the credit is given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from gateway.calls import Call, DecodeCall, Ended, Inbox, Lease, PrefillCall
+from gateway.config import Patience
+from gateway.dispatch import Ticket
+from gateway.outputs import Outputs
+from gateway.pairing import Need, Pairing
+from gateway.plain import Counted, Delta, Finished, Job
+from gateway.workers import Worker
+from tandem.errors import DeadlineError, DrainingError, InternalError, OverloadedError, UnavailableError
+from tandem.record import FinishReason
+from tandem.service import wire
+from tandem.service.logging import get_logger
+from tandem.v1 import decode_pb2, prefill_pb2
+
+_log = get_logger(__name__)
+
+REMOTE, LOCAL = decode_pb2.PREFILL_SOURCE_REMOTE, decode_pb2.PREFILL_SOURCE_LOCAL
+
+
+class DecodeLost(Exception):  # noqa: N818  # not an error for the client
+    """The decode worker ended the stream before the request was done."""
+
+    def __init__(self, ended: Ended, worker: Worker, *, heard: bool, admitted: bool) -> None:
+        """`heard`: it had answered, so the request was aboard. `admitted`: it had reserved blocks."""
+        super().__init__(str(ended.error))
+        self.ended, self.worker, self.heard, self.admitted = ended, worker, heard, admitted
+
+
+class Attempt:
+    """See the module's life cycle."""
+
+    def __init__(
+        self,
+        job: Job,
+        ticket: Ticket,
+        outputs: Outputs,
+        need: Need,
+        *,
+        pairing: Pairing,
+        patience: Patience,
+        counted: Counted,
+        publish: Callable[[Delta | Finished], None],
+        admitted: Callable[[Worker], None],
+        prefill_died: Callable[[Worker], None],
+    ) -> None:
+        """`publish` gets events in order, `admitted` is called once D has taken the request."""
+        self._job, self._ticket, self._outputs, self._need = job, ticket, outputs, need
+        self._pairing, self._patience, self._counted = pairing, patience, counted
+        self._publish, self._admitted, self._prefill_died = publish, admitted, prefill_died
+        self._inbox: Inbox = asyncio.Queue()
+        self._decode = DecodeCall(ticket.decode, self._inbox, **self._call_options)
+        self._prefill: PrefillCall | None = None
+        self._lease = Lease("", 1, 0, 0)
+        self._aboard = False
+        """D has reserved blocks. The lease doesn't tell: without a transfer there is none."""
+        self._committed = False
+        self._failed_prefills: set[str] = set()
+        self._tries = 0
+
+    @property
+    def _call_options(self) -> dict[str, float]:
+        return {"deadline": self._job.deadline, "silence": self._patience.heartbeat_timeout}
+
+    async def run(self) -> None:
+        """Returns when all choices are done. Raises DecodeLost, or a TandemError that is the client's to know."""
+        try:
+            record = self._outputs.record(self._ticket.decode.info.model_id)
+            await self._decode.start(record, REMOTE if self._ticket.prefill else LOCAL)
+            over = False
+            while not over:
+                call, message = await self._inbox.get()
+                over = await self._handle(call, message)
+        finally:
+            self._decode.close()
+            if self._prefill is not None:
+                self._prefill.close()
+            self._ticket.release()
+
+    async def _handle(self, call: Call, message: Any) -> bool:
+        """True when the request needs this worker no more."""
+        if call is self._decode:
+            return self._decode_ended(message) if isinstance(message, Ended) else await self._on_decode(message)
+        if call is self._prefill:
+            if isinstance(message, Ended):
+                await self._prefill_ended(message)
+            else:
+                return await self._on_prefill(message)
+        return False
+
+    async def _on_decode(self, response: decode_pb2.DecodeResponse) -> bool:
+        kind = response.WhichOneof("event")
+        if kind == "tokens":
+            self._commit()
+            return await self._take(response.tokens.deltas)
+        if kind == "admitted":
+            self._on_admitted(response.admitted)
+        elif kind == "retargeted":
+            self._on_retargeted(response.retargeted)
+        elif kind == "finished":
+            reason = wire.finish_reason_from_pb(response.finished.finish_reason) or FinishReason.STOP
+            self._publish_all(self._outputs.finish(response.finished.index, reason))
+        elif kind == "end":
+            self._counted.preemptions += response.end.preemptions
+            return self._decode_ended(Ended())
+        return False
+
+    async def _take(self, deltas: Any) -> bool:
+        """Publishes new tokens; ends at D what a stop string ended here. True when nothing is left to do."""
+        for delta in wire.deltas_from_pb(deltas):
+            events = self._outputs.accept(delta)
+            self._publish_all(events)
+            if any(isinstance(event, Finished) for event in events):
+                if self._outputs.done:
+                    return True
+                await self._decode.finish(delta.index)
+        return False
+
+    def _publish_all(self, events: list[Delta | Finished]) -> None:
+        for event in events:
+            self._publish(event)
+
+    def _decode_ended(self, ended: Ended) -> bool:
+        """The end is good when every choice was done, even if the worker died right after."""
+        if self._outputs.done:
+            return True
+        if ended.error is None:
+            ended = Ended(InternalError("a decode worker ended a stream before its outputs"))
+        raise DecodeLost(ended, self._decode.worker, heard=self._decode.heard, admitted=self._aboard)
+
+    def _on_admitted(self, admitted: decode_pb2.DecodeAdmitted) -> None:
+        self._aboard = True
+        self._admitted(self._decode.worker)
+        self._count_cached(admitted.cached_tokens)
+        self._lease = Lease(admitted.lease_id, admitted.attempt, admitted.needed_start, admitted.needed_end)
+        if self._ticket.prefill is not None:
+            self._start_prefill(self._ticket.prefill)
+
+    def _count_cached(self, tokens: int) -> None:
+        # Once tokens were given out, a worker's hits are those of a recomputed record.
+        if not self._outputs.started:
+            self._counted.cached_tokens = min(len(self._job.prompt), max(self._counted.cached_tokens, tokens))
+
+    def _start_prefill(self, worker: Worker) -> None:
+        self._tries += 1
+        self._prefill = PrefillCall(worker, self._inbox, **self._call_options)
+        self._prefill.start(self._outputs.record(worker.info.model_id), self._decode.worker, self._lease)
+
+    async def _on_prefill(self, response: prefill_pb2.PrefillResponse) -> bool:
+        kind = response.WhichOneof("event")
+        if kind == "accepted":
+            self._count_cached(response.accepted.cached_tokens)
+        elif kind == "first_tokens":
+            return await self._take(response.first_tokens.deltas)
+        elif kind == "done":
+            self._commit()
+        return False
+
+    def _commit(self) -> None:
+        """D owns the sequence; what becomes of the prefill worker matters no more."""
+        if not self._committed:
+            self._committed = True
+            self._ticket.give_prefill()
+
+    async def _prefill_ended(self, ended: Ended) -> None:
+        """Without a commit another attempt is needed, on another worker or on D itself."""
+        assert self._prefill is not None
+        worker, heard = self._prefill.worker, self._prefill.heard
+        self._prefill = None
+        if self._committed:
+            return
+        if isinstance(ended.error, DeadlineError) and asyncio.get_running_loop().time() >= self._job.deadline:
+            raise DeadlineError("the deadline passed while the prompt was computed")
+        _log.warning("prefill failed", address=worker.address, error=str(ended.error), died=ended.died)
+        self._ticket.give_prefill()
+        self._judge(worker, ended, heard)
+        await self._retarget()
+
+    def _judge(self, worker: Worker, ended: Ended, heard: bool) -> None:
+        """What the failure means for the worker, and for the request's own record of dead workers."""
+        self._failed_prefills.add(worker.info.incarnation)
+        error = ended.error
+        if error is not None and error.metadata.get("side") == "target":
+            return  # D's fault, or the way's: what it is worth D's own stream tells
+        if isinstance(error, DrainingError):
+            worker.draining = True
+        elif isinstance(error, OverloadedError):
+            worker.refused(asyncio.get_running_loop().time() + self._patience.refused_pause)
+        elif isinstance(error, UnavailableError) or ended.died:
+            worker.failed()
+        if ended.died and heard:
+            self._prefill_died(worker)
+
+    async def _retarget(self) -> None:
+        loop = asyncio.get_running_loop()
+        need = replace(self._need, avoid=self._need.avoid | self._failed_prefills)
+        worker = None
+        if self._tries <= self._patience.max_migrations:
+            worker = self._pairing.prefill_for(self._decode.worker, need, loop.time())
+        self._counted.migrations += 1
+        self._ticket.prefill = None
+        if worker is not None:
+            self._ticket.take_prefill(worker)
+        self._lease = replace(self._lease, attempt=self._lease.attempt + 1)
+        await self._decode.retarget(self._lease.attempt, REMOTE if worker else LOCAL, self._outputs.emitted())
+
+    def _on_retargeted(self, answer: decode_pb2.DecodeRetargeted) -> None:
+        if answer.attempt != self._lease.attempt:
+            return
+        if answer.status == decode_pb2.RETARGET_STATUS_COMMITTED:
+            self._commit()
+        elif self._ticket.prefill is not None and not self._committed:
+            self._lease = replace(self._lease, needed_start=answer.needed_start, needed_end=answer.needed_end)
+            self._start_prefill(self._ticket.prefill)

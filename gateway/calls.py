@@ -1,0 +1,152 @@
+"""One RPC to a worker as a source of events.
+
+Life cycle of a `Call`: made -> `start()` opens the RPC and a task that reads it -> every response goes to the inbox
+as (call, response), the end as (call, Ended) exactly once -> `close()` at any time ends the RPC at once, and nothing
+more comes. A stream that is silent for three heartbeats has failed, whatever its socket says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from gateway.workers import Worker
+from tandem.errors import DeadlineError, TandemError, UnavailableError
+from tandem.record import Record, TokenDelta
+from tandem.service import status, wire
+from tandem.service.call_status import CallStatus
+from tandem.v1 import decode_pb2, prefill_pb2
+
+BEATS = ("heartbeat", "progress")
+"""Come as long as the engine lives, from before the request is aboard."""
+Inbox = asyncio.Queue[tuple["Call", Any]]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a stream ended: `error` is None when all went well; `died` when the worker itself seems gone."""
+
+    error: TandemError | None = None
+    died: bool = False
+
+
+class Call:
+    """Reads one RPC. `heard` is True once the worker answered anything but a beat: the request was aboard."""
+
+    def __init__(self, worker: Worker, inbox: Inbox, *, deadline: float, silence: float) -> None:
+        """`deadline` is of the loop's clock, `silence` in seconds."""
+        self.worker = worker
+        self.heard = False
+        self._inbox, self._deadline, self._silence = inbox, deadline, silence
+        self._rpc: Any = None
+        self._status: CallStatus | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def _begin(self, rpc: Any) -> None:
+        self._rpc = rpc
+        self._status = CallStatus(rpc)
+        self._task = asyncio.create_task(self._read())
+
+    @property
+    def _timeout(self) -> float:
+        return max(0.001, self._deadline - asyncio.get_running_loop().time())
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        ended = Ended()
+        try:
+            async with asyncio.timeout(self._silence) as patience:
+                async for response in self._rpc:
+                    patience.reschedule(loop.time() + self._silence)
+                    self.heard = self.heard or response.WhichOneof("event") not in BEATS
+                    self._inbox.put_nowait((self, response))
+        except TimeoutError:
+            ended = Ended(UnavailableError(f"no heartbeat for {self._silence:g} s", reason="NO_HEARTBEAT"), died=True)
+        except grpc.aio.AioRpcError as exc:
+            assert self._status is not None
+            ended = _ended(await self._status.error(exc))
+        self._rpc.cancel()
+        self._inbox.put_nowait((self, ended))
+
+    async def _write(self, message: Any) -> None:
+        """A stream that is over says so through its reader."""
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await self._rpc.write(message)
+
+    def close(self) -> None:
+        """Ends the RPC now; its end frees everything that the worker holds."""
+        if self._rpc is not None:
+            self._rpc.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+
+def _ended(exc: grpc.aio.AioRpcError) -> Ended:
+    """A worker that answers sends details with its status; without them the transport speaks: the worker is gone."""
+    error = status.from_rpc_error(exc)
+    answered = any(key == status.DETAILS_KEY for key, _ in exc.trailing_metadata() or ())
+    if answered or isinstance(error, DeadlineError):
+        return Ended(error)
+    died = exc.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+    return Ended(error, died=died or exc.code() is grpc.StatusCode.INTERNAL)
+
+
+class DecodeCall(Call):
+    """DecodeService.Decode."""
+
+    async def start(self, record: Record, source: decode_pb2.PrefillSource.ValueType) -> None:
+        """Opens the stream; attempt 1."""
+        self._begin(self.worker.stub.Decode(timeout=self._timeout))
+        start = decode_pb2.DecodeStart(
+            record=wire.record_to_pb(record), attempt=1, source=source, incarnation=self.worker.info.incarnation
+        )
+        await self._write(decode_pb2.DecodeRequest(start=start))
+
+    async def retarget(
+        self, attempt: int, source: decode_pb2.PrefillSource.ValueType, emitted: Sequence[TokenDelta]
+    ) -> None:
+        """The prefill worker was lost: expect another attempt."""
+        message = decode_pb2.DecodeRetarget(
+            attempt=attempt, source=source, emitted=[wire.delta_to_pb(delta) for delta in emitted]
+        )
+        await self._write(decode_pb2.DecodeRequest(retarget=message))
+
+    async def finish(self, index: int) -> None:
+        """One output needs no more tokens."""
+        await self._write(decode_pb2.DecodeRequest(finish=decode_pb2.DecodeFinish(index=index)))
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What a decode worker granted."""
+
+    lease_id: str
+    attempt: int
+    needed_start: int
+    needed_end: int
+
+
+class PrefillCall(Call):
+    """PrefillService.Prefill."""
+
+    def start(self, record: Record, decode: Worker, lease: Lease) -> None:
+        """Opens the stream: the prompt's blocks go to `decode`."""
+        target = prefill_pb2.TransferTarget(
+            lease_id=lease.lease_id,
+            attempt=lease.attempt,
+            address=decode.address,
+            incarnation=decode.info.incarnation,
+            needed_start=lease.needed_start,
+            needed_end=lease.needed_end,
+            layout=decode.info.layout,
+            transports=decode.info.transports,
+        )
+        request = prefill_pb2.PrefillRequest(
+            record=wire.record_to_pb(record), incarnation=self.worker.info.incarnation, target=target
+        )
+        self._begin(self.worker.stub.Prefill(request, timeout=self._timeout))

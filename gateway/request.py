@@ -1,0 +1,220 @@
+"""One request from the queue to its last event, over as many workers as it takes.
+
+Life cycle: `RequestRun(...)` -> `run()`: wait for a pair -> `Attempt` -> on `DecodeLost` again from the record,
+within a budget of migrations and of workers that died -> usage and timings. Cancel the task of `run` to cancel the
+request: both RPCs end at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gateway.affinity import prefix_hashes
+from gateway.attempt import Attempt, DecodeLost
+from gateway.config import GatewayConfig
+from gateway.dispatch import Dispatcher
+from gateway.outputs import Outputs
+from gateway.pairing import Need, Pairing
+from gateway.plain import Admitted, Counted, Delta, Event, Finished, Job
+from gateway.tokenizer import Tokenizer
+from gateway.workers import Worker
+from tandem.errors import (
+    DeadlineError,
+    DrainingError,
+    IncompatibleError,
+    InternalError,
+    OverloadedError,
+    RequestCancelledError,
+    StaleError,
+    UnavailableError,
+)
+from tandem.service.logging import get_logger
+from tandem.service.metrics import Metrics
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """What every request uses."""
+
+    config: GatewayConfig
+    dispatcher: Dispatcher
+    pairing: Pairing
+    tokenizer: Tokenizer
+    metrics: Metrics
+
+
+class RequestRun:
+    """See the module's life cycle."""
+
+    def __init__(self, job: Job, services: Services, publish: Callable[[Event], None]) -> None:
+        """`publish` gets every event in order; what it raises ends the request."""
+        self._job, self._services, self._publish = job, services, publish
+        self._outputs = Outputs(job, services.tokenizer)
+        sequences = job.sampling.n
+        self._need = Need(len(job.prompt), sequences, prefix_hashes(job.prompt))
+        self._dead: set[str] = set()
+        self._lost = 0
+        self._told = False
+        self._opened = self._first = self._last = 0.0
+        self.counted = Counted(prompt_tokens=len(job.prompt))
+
+    async def run(self) -> None:
+        """Raises a TandemError for the client."""
+        metrics = self._services.metrics
+        try:
+            async with asyncio.timeout_at(self._job.deadline):
+                while not self._outputs.done:
+                    await self._once()
+        except TimeoutError as exc:
+            raise DeadlineError("the request's deadline passed") from exc
+        finally:
+            self._count()
+            metrics.generation_tokens.inc(self.counted.completion_tokens)
+        self._observe()
+        self._publish(self.counted)
+
+    async def _once(self) -> None:
+        """One decode worker."""
+        job, services = self._job, self._services
+        services.metrics.num_requests_waiting.inc()
+        try:
+            ticket = await services.dispatcher.acquire(self._need, priority=job.priority, arrival=job.arrival)
+        finally:
+            services.metrics.num_requests_waiting.dec()
+        if not self._opened:
+            self._opened = self._now()
+        attempt = Attempt(
+            job,
+            ticket,
+            self._outputs,
+            self._need,
+            pairing=services.pairing,
+            patience=services.config.patience,
+            counted=self.counted,
+            publish=self._on_event,
+            admitted=self._on_admitted,
+            prefill_died=self._died,
+        )
+        running = services.metrics.num_requests_running
+        running.inc()
+        try:
+            await attempt.run()
+        except DecodeLost as lost:
+            self._on_lost(lost)
+        finally:
+            running.dec()
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _on_admitted(self, worker: Worker) -> None:
+        """From here on only a worker that computes the same bits may go on."""
+        self._need = replace(self._need, model_id=worker.info.model_id, numerics_id=worker.info.numerics_id)
+        if not self._told:
+            self._told = True
+            self._publish(Admitted(worker.info.model_name))
+
+    def _on_event(self, event: Delta | Finished) -> None:
+        if isinstance(event, Delta) and event.token_ids:
+            now = self._now()
+            if not self._first:
+                self._first = now
+            else:
+                gap = (now - self._last) / len(event.token_ids)
+                self._services.metrics.inter_token_latency_seconds.observe(gap)
+            self._last = now
+        self._publish(event)
+
+    def _on_lost(self, lost: DecodeLost) -> None:
+        """Decides whether the request goes on elsewhere; raises when it doesn't."""
+        worker, error = lost.worker, lost.ended.error
+        assert error is not None
+        if isinstance(error, OverloadedError) and not lost.admitted:
+            if error.retry_after is None:
+                raise error
+            worker.refused(self._now() + self._services.config.patience.refused_pause)
+            return
+        self._publish_complete(worker)
+        if isinstance(error, DrainingError):
+            worker.draining = True
+            self.counted.migrations += int(lost.heard)
+            return
+        if isinstance(error, StaleError):
+            worker.failed()
+            self._spend(lost)
+            return
+        if not _may_move(lost):
+            raise error
+        self._migrate(lost)
+
+    def _publish_complete(self, worker: Worker) -> None:
+        for event in self._outputs.finish_complete(set(worker.info.eos_token_ids)):
+            self._publish(event)
+
+    def _migrate(self, lost: DecodeLost) -> None:
+        worker, error = lost.worker, lost.ended.error
+        _log.warning("decode worker lost", address=worker.address, error=str(error), died=lost.ended.died)
+        self._need = replace(self._need, avoid=self._need.avoid | {worker.info.incarnation})
+        if self._outputs.done:
+            return
+        self.counted.migrations += int(lost.heard)
+        if isinstance(error, InternalError) and not lost.ended.died:
+            if not self._services.pairing.candidates(self._need):
+                raise error
+        elif lost.ended.died:
+            worker.failed()
+        if lost.heard and (lost.ended.died or isinstance(error, InternalError)):
+            self._died(worker)
+        self._spend(lost)
+
+    def _spend(self, lost: DecodeLost) -> None:
+        """Migrations have a budget, so that one request can't take a pool down."""
+        self._lost += 1
+        if self._lost > self._services.config.patience.max_migrations:
+            raise InternalError(f"the request lost {self._lost} decode workers; the last said: {lost}")
+
+    def _died(self, worker: Worker) -> None:
+        """A request that was aboard several workers that died is taken for the cause."""
+        self._dead.add(worker.info.incarnation)
+        if len(self._dead) >= self._services.config.patience.max_deaths:
+            raise InternalError(f"the request was aboard {len(self._dead)} workers that died", reason="POISON_REQUEST")
+
+    def _count(self) -> None:
+        counted, job, now = self.counted, self._job, self._now()
+        counted.completion_tokens = self._outputs.num_tokens
+        counted.total_seconds = now - job.started
+        counted.queue_seconds = (self._opened or now) - job.started
+        if self._first:
+            counted.prefill_seconds = self._first - self._opened
+            counted.time_to_first_token_seconds = self._first - job.started
+            counted.decode_seconds = self._last - self._first
+
+    def _observe(self) -> None:
+        metrics, counted = self._services.metrics, self.counted
+        metrics.prompt_tokens.inc(counted.prompt_tokens)
+        metrics.prompt_tokens_cached.inc(counted.cached_tokens)
+        metrics.prefix_cache_queries.inc(counted.prompt_tokens)
+        metrics.prefix_cache_hits.inc(counted.cached_tokens)
+        metrics.num_preemptions.inc(counted.preemptions)
+        metrics.time_to_first_token_seconds.observe(counted.time_to_first_token_seconds)
+        metrics.e2e_request_latency_seconds.observe(counted.total_seconds)
+        metrics.request_queue_time_seconds.observe(counted.queue_seconds)
+        metrics.request_prefill_time_seconds.observe(counted.prefill_seconds)
+        metrics.request_decode_time_seconds.observe(counted.decode_seconds)
+        metrics.request_prompt_tokens.observe(counted.prompt_tokens)
+        metrics.request_generation_tokens.observe(counted.completion_tokens)
+        for choice in self._outputs.choices:
+            assert choice.reason is not None
+            metrics.request_success.inc(finished_reason=choice.reason.value)
+
+
+def _may_move(lost: DecodeLost) -> bool:
+    """True for failures of the worker; what is wrong with the request itself goes to the client."""
+    if lost.ended.died:
+        return True
+    movable = (UnavailableError, InternalError, OverloadedError, RequestCancelledError)
+    return isinstance(lost.ended.error, movable) and not isinstance(lost.ended.error, IncompatibleError)

@@ -1,0 +1,135 @@
+"""Checks what a client asked for; each problem is an InvalidRequestError that names the field and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+from gateway.config import Limits
+from gateway.plain import Asked
+from tandem.errors import InvalidRequestError
+from tandem.record import SamplingParams, StopRules
+
+# name: (least, most, whether the least itself is allowed)
+_FLOATS: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0.0, 100.0, True),
+    "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, True),
+    "repetition_penalty": (0.0, 10.0, False),
+    "presence_penalty": (-2.0, 2.0, True),
+    "frequency_penalty": (-2.0, 2.0, True),
+}
+
+
+def _bad(field: str, message: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field}: {message}", field=field)
+
+
+def check_sizes(asked: Asked, limits: Limits) -> None:
+    """Everything that can be told before the text is tokenized, bytes first."""
+    if len(asked.request_id) > limits.max_request_id:
+        raise _bad("request_id", f"{len(asked.request_id)} characters, at most {limits.max_request_id} are allowed")
+    check_input(asked.text, asked.messages, limits)
+    if asked.token_ids is not None and not asked.token_ids:
+        raise _bad("token_ids", "the prompt is empty")
+    if asked.text is None and asked.token_ids is None and asked.messages is None:
+        raise InvalidRequestError("input: one of text, token_ids and messages is needed", field="input")
+    _check_stops(asked, limits)
+    if asked.logprobs is not None and not 0 <= asked.logprobs <= limits.max_logprobs:
+        raise _bad("output.logprobs", f"{asked.logprobs} is outside 0 to {limits.max_logprobs}")
+
+
+def check_input(text: str | None, messages: tuple[tuple[str, str], ...] | None, limits: Limits) -> None:
+    """Sizes of text or messages, for prompts and for Tokenize."""
+    from gateway.chat import MAX_MESSAGES, MAX_ROLE_CHARACTERS
+
+    if text is not None:
+        if not text:
+            raise _bad("text", "the prompt is empty")
+        _check_bytes("text", [text], limits)
+    if messages is not None:
+        if not 1 <= len(messages) <= MAX_MESSAGES:
+            raise _bad("messages", f"{len(messages)} messages, 1 to {MAX_MESSAGES} are allowed")
+        _check_bytes("messages", [part for message in messages for part in message], limits)
+        for role, _content in messages:
+            if not 1 <= len(role) <= MAX_ROLE_CHARACTERS:
+                raise _bad("messages.role", f"{len(role)} characters, 1 to {MAX_ROLE_CHARACTERS} are allowed")
+
+
+def _check_bytes(field: str, parts: Iterable[str], limits: Limits) -> None:
+    size = sum(len(part.encode()) for part in parts)
+    if size > limits.max_prompt_bytes:
+        raise _bad(field, f"{size} bytes, at most {limits.max_prompt_bytes} are allowed")
+
+
+def _check_stops(asked: Asked, limits: Limits) -> None:
+    if len(asked.stop) > limits.max_stop_strings:
+        raise _bad("stopping.stop", f"{len(asked.stop)} stop strings, at most {limits.max_stop_strings} are allowed")
+    for stop in asked.stop:
+        if not 1 <= len(stop) <= limits.max_stop_characters:
+            allowed = f"1 to {limits.max_stop_characters} are allowed"
+            raise _bad("stopping.stop", f"a stop string of {len(stop)} characters, {allowed}")
+    if len(asked.stop_token_ids) > limits.max_stop_token_ids:
+        count = len(asked.stop_token_ids)
+        raise _bad("stopping.stop_token_ids", f"{count} ids, at most {limits.max_stop_token_ids} are allowed")
+
+
+def sampling_params(asked: Asked, limits: Limits, vocab_size: int) -> SamplingParams:
+    """Complete sampling parameters; a seed is drawn when none was given."""
+    values: dict[str, Any] = dict(asked.sampling)
+    for name, (least, most, inclusive) in _FLOATS.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        inside = (least <= value if inclusive else least < value) and value <= most
+        if not (math.isfinite(value) and inside):
+            bracket = "[" if inclusive else "("
+            raise _bad(f"sampling.{name}", f"{value} is outside {bracket}{least:g}, {most:g}]")
+    top_k, n = values.get("top_k", 0), values.get("n", 1)
+    if top_k < 0:
+        raise _bad("sampling.top_k", f"{top_k} is negative; 0 keeps all tokens")
+    if not 1 <= n <= limits.max_n:
+        raise _bad("sampling.n", f"{n} is outside 1 to {limits.max_n}")
+    _check_bias(asked, limits, vocab_size)
+    seed = int(values.pop("seed", secrets.randbits(63)))
+    return SamplingParams(seed=seed, logit_bias=dict(asked.logit_bias), **values)
+
+
+def _check_bias(asked: Asked, limits: Limits, vocab_size: int) -> None:
+    if len(asked.logit_bias) > limits.max_logit_bias:
+        count = len(asked.logit_bias)
+        raise _bad("sampling.logit_bias", f"{count} entries, at most {limits.max_logit_bias} are allowed")
+    for value in asked.logit_bias.values():
+        if not -100 <= value <= 100:
+            raise _bad("sampling.logit_bias", f"{value} is outside [-100, 100]")
+    check_ids("sampling.logit_bias", asked.logit_bias, vocab_size)
+
+
+def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Every id must be in the vocabulary."""
+    worst = max(ids, default=0)
+    if worst >= vocab_size:
+        raise _bad(field, f"token id {worst} is outside the vocabulary of {vocab_size}")
+
+
+def stop_rules(asked: Asked, limits: Limits, *, prompt_tokens: int, max_context: int, vocab_size: int) -> StopRules:
+    """Complete stop rules. A prompt or an explicit max_tokens that doesn't fit is an error with numbers."""
+    source = "text" if asked.text is not None else "token_ids" if asked.token_ids is not None else "messages"
+    room = max_context - prompt_tokens
+    if prompt_tokens == 0:
+        raise _bad(source, "the prompt has no tokens")
+    if room < 1:
+        raise _bad(
+            source, f"the prompt has {prompt_tokens} tokens, the model's context is {max_context} with the output"
+        )
+    max_tokens = min(room, limits.default_max_tokens) if asked.max_tokens is None else asked.max_tokens
+    if not 1 <= max_tokens <= room:
+        fits = f"the prompt's {prompt_tokens} tokens leave 1 to {room} of the context of {max_context}"
+        raise _bad("stopping.max_tokens", f"{max_tokens} is not allowed: {fits}")
+    min_tokens = asked.min_tokens or 0
+    if not 0 <= min_tokens <= max_tokens:
+        raise _bad("stopping.min_tokens", f"{min_tokens} is outside 0 to max_tokens = {max_tokens}")
+    check_ids("stopping.stop_token_ids", asked.stop_token_ids, vocab_size)
+    return StopRules(max_tokens, min_tokens, asked.stop_token_ids, asked.ignore_eos)

@@ -1,0 +1,98 @@
+"""Puts the gateway together and runs it.
+
+Life cycle: `Gateway.start` (tokenizer, ports, worker watches) -> serves -> `close`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.catalog import Catalog
+from gateway.config import GatewayConfig
+from gateway.dispatch import Dispatcher
+from gateway.http import HttpServer
+from gateway.pairing import Pairing
+from gateway.pool import WorkerPool
+from gateway.request import Services
+from gateway.servicer import InferenceServicer
+from gateway.text import TextService
+from tandem.service.metrics import Metrics
+from tandem.service.server import ServerShell
+from tandem.v1 import inference_pb2_grpc
+
+SERVICE = "tandem.v1.InferenceService"
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """Where the gateway finds its model and its workers, and where it listens."""
+
+    model: str
+    listen: str
+    http: str
+    workers_file: Path | None = None
+    prefill: Sequence[str] = ()
+    decode: Sequence[str] = ()
+
+
+class Gateway:
+    """All parts of one gateway."""
+
+    def __init__(self, bindings: Bindings, config: GatewayConfig, text: TextService | None = None) -> None:
+        """Loads the tokenizer unless `text` is given. Inside a running loop. Raises ConfigError."""
+        self._bindings = bindings
+        self.text = text or TextService.load(bindings.model)
+        self.pool = WorkerPool(silence=config.patience.heartbeat_timeout)
+        self.metrics = Metrics("gateway")
+        pairing = Pairing(self.pool, config)
+        dispatcher = Dispatcher(self.pool, pairing, config)
+        services = Services(config, dispatcher, pairing, self.text.tokenizer, self.metrics)
+        self.servicer = InferenceServicer(services, self.text, Catalog(self.pool, self.text.tokenizer))
+        self.shell = ServerShell("gateway", bindings.listen)
+        self.http = HttpServer(bindings.http, self.metrics.registry, lambda: self.pool.serving)
+        self.address = self.http_address = ""
+
+    async def start(self) -> None:
+        """Binds both ports, then looks for workers; health follows them."""
+        self.shell.add_service(SERVICE)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.servicer, self.shell.server)
+        self.address = await self.shell.start()
+        self.http_address = await self.http.start()
+        self.pool.on_change(self._on_change)
+        if self._bindings.workers_file is not None:
+            self.pool.follow(self._bindings.workers_file)
+        else:
+            self.pool.set_addresses(self._bindings.prefill, self._bindings.decode)
+
+    def _on_change(self) -> None:
+        self.shell.set_serving(self.pool.serving and not self.servicer.draining)
+
+    def ready_line(self) -> str:
+        """What the process that started us reads."""
+        return json.dumps(
+            {
+                "event": "ready",
+                "role": "gateway",
+                "address": self.address,
+                "http": self.http_address,
+                "pid": os.getpid(),
+            }
+        )
+
+    async def run(self, grace: float) -> int:
+        """Serves until a signal, finishes what runs. Returns the exit code."""
+        return await self.shell.run_until_signal(self._drain, grace)
+
+    async def _drain(self, grace: float) -> None:
+        await self.servicer.drain(grace)
+
+    async def close(self) -> None:
+        """Ends the server, watches and channels."""
+        await self.shell.server.stop(0)
+        await self.http.close()
+        await self.pool.close()
+        self.text.close()

@@ -1,0 +1,150 @@
+"""What the gateway knows of each worker.
+
+Life cycle of a `Worker`: made for an address -> `watch()` runs for as long as the address is listed: connects, asks
+what it is, follows its load reports (ready), and begins again when they stop (not ready) -> `close()` once nothing
+runs there. A restarted worker has a new incarnation and a new memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from gateway.affinity import PrefixMemory
+from tandem.service.channel import open_channel
+from tandem.service.logging import get_logger
+from tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
+
+_log = get_logger(__name__)
+
+INFO_TIMEOUT = 3.0
+RETRY_PAUSE = 0.2
+
+
+class Worker:
+    """One worker process behind one address."""
+
+    def __init__(self, role: str, address: str, changed: Callable[[], None], *, silence: float = 3.0) -> None:
+        """`role` is prefill or decode; `changed` is called after every change; `silence` in seconds."""
+        self.role, self.address = role, address
+        self._changed, self._silence = changed, silence
+        self.channel = open_channel(address)
+        self.stub: Any = (
+            prefill_pb2_grpc.PrefillServiceStub(self.channel)
+            if role == "prefill"
+            else decode_pb2_grpc.DecodeServiceStub(self.channel)
+        )
+        self.info = types_pb2.WorkerInfo()
+        self.load = types_pb2.WorkerLoad()
+        self.memory = PrefixMemory()
+        self.connected = False
+        self.draining = False
+        self.paused_until = 0.0
+        self.outstanding = 0
+        """Sequences that this gateway runs there."""
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.pending_tokens = 0
+        self.pending_blocks = 0
+        """What was sent since the last load report."""
+        self._foreign = 0
+
+    @property
+    def ready(self) -> bool:
+        """True when it may get new work."""
+        return self.connected and not self.draining
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """Two workers can be paired when these are equal."""
+        return self.info.model_id, self.info.layout.layout_id, self.info.numerics_id
+
+    @property
+    def running(self) -> int:
+        """Sequences there, those of other gateways included."""
+        return self.outstanding + self._foreign
+
+    async def watch(self) -> None:
+        """Follows the worker until cancelled."""
+        while True:
+            try:
+                await self._follow()
+            except (grpc.RpcError, TimeoutError) as exc:
+                if self.connected:
+                    reason = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else "no load report in time"
+                    _log.warning("worker lost", worker_role=self.role, address=self.address, reason=reason)
+            self._set_connected(False)
+            await asyncio.sleep(RETRY_PAUSE)
+
+    async def _follow(self) -> None:
+        async with asyncio.timeout(INFO_TIMEOUT):
+            await self._ask_info()
+        if self.role == "prefill":
+            call = self.stub.WatchPrefillLoad(prefill_pb2.WatchPrefillLoadRequest())
+        else:
+            call = self.stub.WatchDecodeLoad(decode_pb2.WatchDecodeLoadRequest())
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._silence) as patience:
+                async for response in call:
+                    patience.reschedule(loop.time() + self._silence)
+                    self._on_load(response.load)
+        finally:
+            call.cancel()
+
+    async def _ask_info(self) -> None:
+        if self.role == "prefill":
+            response = await self.stub.GetPrefillInfo(prefill_pb2.GetPrefillInfoRequest(), timeout=INFO_TIMEOUT)
+        else:
+            response = await self.stub.GetDecodeInfo(decode_pb2.GetDecodeInfoRequest(), timeout=INFO_TIMEOUT)
+        if response.info.incarnation != self.info.incarnation:
+            self.memory = PrefixMemory()
+            self.paused_until = 0.0
+        self.info = response.info
+
+    def _on_load(self, load: types_pb2.WorkerLoad) -> None:
+        self.load = load
+        self.draining = load.draining
+        reported = load.running_sequences + load.receiving_requests + load.waiting_requests
+        self._foreign = max(0, reported - self.outstanding)
+        self.pending_tokens = self.pending_blocks = 0
+        self._set_connected(True)
+
+    def _set_connected(self, connected: bool) -> None:
+        if connected and not self.connected:
+            _log.info("worker ready", worker_role=self.role, address=self.address, incarnation=self.info.incarnation)
+        self.connected = connected
+        self._changed()
+
+    def failed(self) -> None:
+        """A call there died: nothing new until the next load report."""
+        self._set_connected(False)
+
+    def refused(self, until: float) -> None:
+        """It is full: nothing new until `until` (the loop's clock)."""
+        self.paused_until = until
+
+    def take(self, sequences: int, tokens: int, hashes: list[bytes]) -> None:
+        """Counts work that is about to be sent. `give` takes the sequences back."""
+        self.outstanding += sequences
+        self.idle.clear()
+        self.pending_tokens += tokens
+        if self.info.layout.block_size:
+            self.pending_blocks += -(-tokens // self.info.layout.block_size) + sequences
+        self.memory.remember(hashes)
+
+    def give(self, sequences: int) -> None:
+        """The work is over, however it ended."""
+        self.outstanding -= sequences
+        if self.outstanding == 0:
+            self.idle.set()
+        self._changed()
+
+    async def close(self) -> None:
+        """Ends the channel and every call on it."""
+        with contextlib.suppress(Exception):
+            await self.channel.close()

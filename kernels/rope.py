@@ -1,0 +1,149 @@
+"""Rotary position embedding of q and k, and the write of k and v into the paged cache, in one pass over the fused
+projection.
+
+Source: Su et al., "RoFormer" (2021); halves layout as GPT-NeoX, interleaved pairs as GPT-J. C++: rope.cpp; each element
+is two products and one sum, each rounded, so it equals torch bit for bit and depends on its own row only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from kernels import build, check, dispatch
+from tandem.errors import InternalError
+
+MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    lib = build.load_library("rope.cpp")
+    assert lib is not None, "the cpp implementation is selected only when its libraries load"
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    lib.tandem_rope_and_store.argtypes = [pointer] * 7 + [i64] * 9 + [i32] * 3
+    lib.tandem_rope_and_store.restype = i64
+    return lib
+
+
+def rope_and_store(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_layer: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    interleaved: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate q and k, write k and v to their slots, return q [T, Hq, D] float32 (in `out` if given).
+
+    qkv [T, (Hq + 2 * Hkv) * D] float32: q heads, k heads, v heads. positions, slots [T] int64; slot = block *
+    block_size + offset, and no slot twice. cos, sin [max_positions, rot / 2] float32: the first `rot` elements of a
+    head are rotated, in pairs (i, i + rot/2), or (2i, 2i + 1) when `interleaved`. kv_layer = cache[:, layer], [blocks,
+    2, Hkv, block_size, D], float32 or bfloat16 (rounded to nearest even). D at most 256. Raises InternalError for wrong
+    shapes or dtypes, a position outside the tables, a slot outside the cache.
+    """
+    tokens, dim = qkv.shape[0], kv_layer.shape[-1]
+    block_stride, block_size = check.kv_layer(kv_layer, num_kv_heads, dim)
+    _check_rows(qkv, positions, slots, cos, sin, (num_heads + 2 * num_kv_heads) * dim, dim)
+    if out is None:
+        out = torch.empty((tokens, num_heads, dim), dtype=torch.float32)
+    else:
+        check.dense("out", out, (tokens, num_heads, dim))
+    if dispatch.select().name != "cpp":
+        return _by_torch(qkv, positions, slots, cos, sin, kv_layer, num_heads, interleaved, out)
+    pointers = [tensor.data_ptr() for tensor in (qkv, positions, slots, cos, sin, kv_layer, out)]
+    max_positions, half = cos.shape
+    sizes = (tokens, num_heads, num_kv_heads, dim, half, max_positions, kv_layer.shape[0], block_size, block_stride)
+    bf16 = kv_layer.dtype is torch.bfloat16
+    bad = _library().tandem_rope_and_store(*pointers, *sizes, bf16, interleaved, torch.get_num_threads())
+    if bad >= 0:
+        raise _out_of_range(bad, positions, slots, max_positions, kv_layer)
+    return out
+
+
+def _check_rows(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    width: int,
+    dim: int,
+) -> None:
+    check.rows("qkv", qkv, width)
+    check.vector("positions", positions, torch.int64, qkv.shape[0])
+    check.vector("slots", slots, torch.int64, qkv.shape[0])
+    check.rows("cos", cos)
+    max_positions, half = cos.shape
+    check.dense("sin", sin, (max_positions, half))
+    if dim > MAX_HEAD_DIM or 2 * half > dim:
+        raise InternalError(f"head_dim {dim} must be at most {MAX_HEAD_DIM} and at least the rotated {2 * half}")
+
+
+def _out_of_range(
+    index: int, positions: torch.Tensor, slots: torch.Tensor, max_positions: int, kv_layer: torch.Tensor
+) -> InternalError:
+    return InternalError(
+        f"token {index}: position {int(positions[index])} must be in [0, {max_positions}) "
+        f"and slot {int(slots[index])} in [0, {kv_layer.shape[0] * kv_layer.shape[3]})"
+    )
+
+
+def _by_torch(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_layer: torch.Tensor,
+    num_heads: int,
+    interleaved: bool,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    total = kv_layer.shape[0] * kv_layer.shape[3]
+    wrong = (positions < 0) | (positions >= cos.shape[0]) | (slots < 0) | (slots >= total)
+    if bool(wrong.any()):
+        raise _out_of_range(int(wrong.nonzero()[0]), positions, slots, cos.shape[0], kv_layer)
+    return out.copy_(rope_and_store_reference(qkv, positions, slots, cos, sin, kv_layer, num_heads, interleaved))
+
+
+def rope_and_store_reference(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_layer: torch.Tensor,
+    num_heads: int,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """Do what `rope_and_store` does, by torch."""
+    num_kv_heads, block_size, dim = kv_layer.shape[2:]
+    qkv = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, dim)
+    q, k, v = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    blocks, offsets = slots // block_size, slots % block_size
+    kv_layer[blocks, 0, :, offsets] = rotate_reference(k, cos[positions], sin[positions], interleaved).to(
+        kv_layer.dtype
+    )
+    kv_layer[blocks, 1, :, offsets] = v.to(kv_layer.dtype)
+    return rotate_reference(q, cos[positions], sin[positions], interleaved)
+
+
+def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotate x [T, heads, D] by cos, sin [T, rot / 2]."""
+    half = cos.shape[1]
+    cos, sin = cos[:, None], sin[:, None]
+    out = x.clone()
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(0, half), slice(half, 2 * half))
+    )
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., second] * cos + x[..., first] * sin
+    return out

@@ -1,0 +1,52 @@
+"""The transports by name, and which one two workers use. A new transport is one line in each table."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from kv_transfer.grpc import GrpcSource, GrpcTarget
+from kv_transfer.memory import MemorySource, MemoryTarget
+from kv_transfer.pool import PoolMemory
+from kv_transfer.shm import ShmSource, ShmTarget
+from kv_transfer.transport import SourceTransport, TargetTransport
+from tandem.errors import ConfigError, IncompatibleError
+
+_SOURCES: dict[str, Callable[[PoolMemory, str], SourceTransport]] = {
+    "memory": MemorySource,
+    "shm": ShmSource,
+    "grpc": GrpcSource,
+}
+_TARGETS: dict[str, Callable[[], TargetTransport]] = {"memory": MemoryTarget, "shm": ShmTarget, "grpc": GrpcTarget}
+
+
+def available() -> list[str]:
+    """Transports between processes that this machine can use, best first."""
+    shared = sys.platform == "linux" and hasattr(socket, "SO_PEERCRED")
+    return ["shm", "grpc"] if shared else ["grpc"]
+
+
+def source_transport(name: str, pool: PoolMemory, incarnation: str) -> SourceTransport:
+    """The sender's end over `pool`; ConfigError for an unknown name or an unfit pool."""
+    if name not in _SOURCES:
+        raise ConfigError(f"unknown transport {name!r}; known are {', '.join(_SOURCES)}")
+    return _SOURCES[name](pool, incarnation)
+
+
+def target_transport(name: str) -> TargetTransport:
+    """The receiver's end; ConfigError for an unknown name."""
+    if name not in _TARGETS:
+        raise ConfigError(f"unknown transport {name!r}; known are {', '.join(_TARGETS)}")
+    return _TARGETS[name]()
+
+
+def choose(source_names: Sequence[str], target_names: Sequence[str]) -> str:
+    """The first of the sender's transports that the receiver has too; both lists are best first.
+
+    Raises IncompatibleError, naming both lists, when none is common.
+    """
+    for name in source_names:
+        if name in target_names:
+            return name
+    raise IncompatibleError(f"no common transport: sender has {list(source_names)}, receiver has {list(target_names)}")

@@ -1,0 +1,249 @@
+"""Transport within one host: the reader maps the sender's pool read-only and copies straight into its own.
+
+Life of a source: made with a SharedPool -> listens on an abstract Unix socket (nothing named in the filesystem) ->
+gives each connection of its own user one message: greeting and the pool's descriptor -> `close()`.
+Life of a map in the target: first `connect` to an incarnation -> shared by all its transfers -> dropped when the
+connection ends, that is when the source closes or dies by whatever means. Memory is unmapped when the last view or
+copy lets go of it: a copy that runs while the source dies still reads valid memory.
+
+Nothing about the memory is believed before it is checked: kind, seals (it can't shrink, so no SIGBUS), size, header.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+
+from kv_transfer.layout import KvLayout
+from kv_transfer.memory import PoolReader
+from kv_transfer.pool import HEADER, MAGIC, MAX_POOL_BYTES, PoolMemory, PoolView, SharedPool
+from kv_transfer.watcher import SocketWatcher
+from tandem.errors import ConfigError, IncompatibleError, InvalidRequestError, StaleError, UnavailableError
+
+_ENDPOINT_MAGIC = b"tandem-shm-1:"
+_NAME_DIGITS = 32
+_GREETING_MAGIC = b"TNDMSHM1"
+_MAX_INCARNATION = 256
+_MAX_READERS = 256
+_CONNECT_SECONDS = 3.0
+_NO_DESCRIPTOR_PAUSE_SECONDS = 0.05
+_SOCKET_TYPE = socket.SOCK_SEQPACKET
+_CREDENTIALS = struct.Struct("3i")
+
+
+class ShmSource:
+    """The sender's end."""
+
+    name = "shm"
+    max_offer_bytes = 64 << 20
+
+    def __init__(self, pool: PoolMemory, incarnation: str) -> None:
+        """Listen. Raises ConfigError unless `pool` is a SharedPool and the system has abstract Unix sockets."""
+        if not isinstance(pool, SharedPool):
+            raise ConfigError("transport shm needs the KV cache in a SharedPool")
+        if not 1 <= len(incarnation.encode()) <= _MAX_INCARNATION:
+            raise ConfigError(f"an incarnation has 1 to {_MAX_INCARNATION} bytes")
+        self.pool: PoolMemory = pool
+        self.incarnation = incarnation
+        self._shared = pool
+        self._name = secrets.token_hex(_NAME_DIGITS // 2)
+        self._watcher = SocketWatcher("kv-shm-source")
+        self._listener = socket.socket(socket.AF_UNIX, _SOCKET_TYPE)
+        try:
+            self._listener.bind(_address(self._name))
+            self._listener.listen(64)
+            self._listener.setblocking(False)
+        except OSError as error:
+            self._listener.close()
+            raise ConfigError(f"can't listen for readers of shared memory: {error}") from error
+        self._watcher.watch(self._listener, self._accept)
+
+    def endpoint(self) -> bytes:
+        """Version and random name of the socket."""
+        return _ENDPOINT_MAGIC + self._name.encode()
+
+    def offer_payload(self, blocks: Sequence[int]) -> tuple[bytes, tuple[int, ...]]:
+        """Nothing rides in the stream."""
+        return b"", ()
+
+    @property
+    def readers(self) -> int:
+        """Connections now."""
+        return max(0, len(self._watcher) - 1)
+
+    def close(self) -> None:
+        """Stop listening and end every connection. The pool is its owner's to close. Idempotent."""
+        self._watcher.close()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # The reader stays in the queue; don't spin until a descriptor is free.
+                time.sleep(_NO_DESCRIPTOR_PAUSE_SECONDS)
+            return
+        try:
+            if peer_uid(connection) != os.geteuid() or self.readers >= _MAX_READERS:
+                connection.close()
+                return
+            connection.setblocking(False)
+            socket.send_fds(connection, [_GREETING_MAGIC + self.incarnation.encode()], [self._shared.read_only_fd])
+        except (OSError, ConfigError):
+            # The reader went away again, or the pool is closing.
+            connection.close()
+            return
+        # A reader has nothing to say: readable means that it ended (or misbehaves).
+        self._watcher.watch(connection, lambda: self._watcher.forget(connection))
+
+
+class ShmTarget:
+    """The receiver's end: one map per source incarnation."""
+
+    name = "shm"
+
+    def __init__(self) -> None:
+        """Nothing is connected yet."""
+        self._lock = threading.Lock()
+        self._pools: dict[tuple[bytes, str], PoolMemory] = {}
+        self._watcher = SocketWatcher("kv-shm-target")
+
+    @property
+    def sources(self) -> int:
+        """Maps held now."""
+        return len(self._pools)
+
+    def connect(self, endpoint: bytes, source_incarnation: str, layout: KvLayout) -> PoolReader:
+        """See `TargetTransport.connect`."""
+        name = _parse_endpoint(endpoint)
+        key = (endpoint, source_incarnation)
+        with self._lock:
+            pool = self._pools.get(key)
+        if pool is None:
+            pool = self._open(name, key)
+        if pool.block_bytes != layout.block_bytes:
+            raise IncompatibleError(f"the sender's pool has blocks of {pool.block_bytes} bytes, not {layout}")
+        return PoolReader(pool)
+
+    def _open(self, name: str, key: tuple[bytes, str]) -> PoolMemory:
+        connection = socket.socket(socket.AF_UNIX, _SOCKET_TYPE)
+        try:
+            pool = _receive_pool(connection, name, key[1])
+        except BaseException:
+            connection.close()
+            raise
+        # No lock was held meanwhile: a hung source must not hold up the others. If two mapped it, the first stays.
+        with self._lock:
+            first = self._pools.setdefault(key, pool)
+        if first is not pool:
+            connection.close()
+        elif not self._watcher.watch(connection, lambda: self._drop(key, connection)):
+            self._pools.clear()
+            raise UnavailableError("this worker is closing", reason="CLOSING")
+        return first
+
+    def _drop(self, key: tuple[bytes, str], connection: socket.socket) -> None:
+        with self._lock:
+            self._pools.pop(key, None)
+        self._watcher.forget(connection)
+
+    def close(self) -> None:
+        """Forget every source; views and copies in flight keep their memory. Idempotent."""
+        self._watcher.close()
+        with self._lock:
+            self._pools.clear()
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user at the other end of a Unix socket, as the kernel says."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(raw)[1])
+
+
+def map_pool(fd: int) -> PoolView:
+    """Map another process's pool read-only. `fd` stays the caller's.
+
+    Raises IncompatibleError for what isn't a sealed memfd holding all that its header says: nothing is mapped then
+    beyond what is sure to exist.
+    """
+    size = _sealed_size(fd)
+    header = os.pread(fd, HEADER.size, 0)
+    if len(header) != HEADER.size:
+        raise _unsafe(f"{size} bytes hold no header")
+    magic, num_blocks, block_bytes, generations_at, blocks_at = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise _unsafe("unknown header")
+    generations_end, blocks_end = generations_at + 8 * num_blocks, blocks_at + num_blocks * block_bytes
+    fits = HEADER.size <= generations_at and generations_end <= blocks_at and blocks_end <= size <= 2 * MAX_POOL_BYTES
+    if not fits or not num_blocks or not block_bytes or generations_at % 8:
+        raise _unsafe(f"{num_blocks} blocks of {block_bytes} bytes don't fit {size} bytes")
+    try:
+        whole = memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
+    except OSError as error:
+        raise UnavailableError(f"can't map {size} bytes: {error}", reason="MAP_FAILED") from error
+    return PoolView(
+        buffer=whole[blocks_at:blocks_end],
+        block_bytes=block_bytes,
+        num_blocks=num_blocks,
+        generations=whole[generations_at:generations_end].cast("Q"),
+    )
+
+
+def _sealed_size(fd: int) -> int:
+    """Bytes of a memfd that can't shrink any more, so that reading what is mapped can't raise SIGBUS."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise _unsafe("no memfd") from error
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise _unsafe("not sealed against shrinking")
+    return os.fstat(fd).st_size
+
+
+def _unsafe(what: str) -> IncompatibleError:
+    return IncompatibleError(f"the sender's shared memory is refused: {what}", reason="UNSAFE_MEMORY")
+
+
+def _address(name: str) -> bytes:
+    return b"\0tandem-kv-" + name.encode()
+
+
+def _parse_endpoint(endpoint: bytes) -> str:
+    """The socket's name. Only our own kind of name: a peer must not choose what this process connects to."""
+    name = endpoint.removeprefix(_ENDPOINT_MAGIC)
+    if len(endpoint) != len(_ENDPOINT_MAGIC) + _NAME_DIGITS or len(name) != _NAME_DIGITS:
+        raise InvalidRequestError("malformed endpoint for transport shm", field="open.endpoint")
+    if not set(name) <= set(b"0123456789abcdef"):
+        raise InvalidRequestError("malformed endpoint for transport shm", field="open.endpoint")
+    return name.decode()
+
+
+def _receive_pool(connection: socket.socket, name: str, incarnation: str) -> PoolView:
+    """Connect, check who is there, take the descriptor, map it."""
+    connection.settimeout(_CONNECT_SECONDS)
+    try:
+        connection.connect(_address(name))
+        if peer_uid(connection) != os.geteuid():
+            raise IncompatibleError("the sender runs as another user", reason="PEER_CREDENTIALS")
+        greeting, fds, _, _ = socket.recv_fds(connection, len(_GREETING_MAGIC) + _MAX_INCARNATION, 4)
+    except OSError as error:
+        raise UnavailableError(f"the sender can't be reached on this host: {error}", reason="SOURCE_GONE") from error
+    try:
+        if not greeting:
+            raise UnavailableError("the sender ended the connection", reason="SOURCE_GONE")
+        if not greeting.startswith(_GREETING_MAGIC) or len(fds) != 1:
+            raise _unsafe("malformed greeting")
+        if greeting.removeprefix(_GREETING_MAGIC) != incarnation.encode():
+            raise StaleError("another incarnation of the sender is there", reason="STALE_INCARNATION")
+        return map_pool(fds[0])
+    finally:
+        for fd in fds:
+            os.close(fd)

@@ -1,0 +1,72 @@
+"""Puts a prefill worker together around a runner. Torch-free; `wiring` brings a real engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.batch import StepRunner
+from engine.block_pool import BlockPool
+from kv_transfer.pool import PoolMemory
+from kv_transfer.registry import source_transport
+from prefill_service.config import SchedulerConfig
+from prefill_service.identity import WorkerIdentity
+from prefill_service.metrics import StepMetrics
+from prefill_service.scheduler import Scheduler
+from prefill_service.servicer import PrefillServicer
+from prefill_service.worker import PrefillWorker
+from tandem.service.metrics import Metrics
+from tandem.service.server import ServerShell
+from tandem.v1 import prefill_pb2_grpc
+
+SERVICE = "tandem.v1.PrefillService"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a worker is made of beside its server. `memory` holds the KV cache's blocks and their generations."""
+
+    identity: WorkerIdentity
+    scheduler: SchedulerConfig
+    runner: StepRunner
+    memory: PoolMemory
+    prefix_cache: bool = True
+
+
+@dataclass(slots=True)
+class Assembly:
+    """A worker in a server that is not started yet."""
+
+    shell: ServerShell
+    worker: PrefillWorker
+    scheduler: Scheduler
+
+    async def start(self) -> str:
+        """Engine, then server; returns the bound HOST:PORT."""
+        self.worker.start()
+        address = await self.shell.start()
+        self.shell.set_serving(True)
+        return address
+
+    async def close(self) -> None:
+        """After the server has stopped."""
+        await self.worker.stop()
+
+
+def assemble(parts: Parts, listen: str, metrics: Metrics | None = None) -> Assembly:
+    """Build a worker and its server. Inside a running event loop. Raises ConfigError."""
+    identity = parts.identity
+    pool = BlockPool(
+        identity.total_blocks,
+        identity.layout.block_size,
+        prefix_cache=parts.prefix_cache,
+        generations=parts.memory.generations,
+    )
+    scheduler = Scheduler(parts.scheduler, pool)
+    shell = ServerShell("prefill", listen)
+    transports = {name: source_transport(name, parts.memory, identity.incarnation) for name in identity.transports}
+    worker = PrefillWorker(
+        identity, scheduler, parts.runner, transports, StepMetrics(metrics) if metrics is not None else None
+    )
+    prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(worker), shell.server)
+    shell.add_service(SERVICE)
+    return Assembly(shell, worker, scheduler)

@@ -1,0 +1,169 @@
+"""PrefillService: one call per request, which is the request's lease here. Protobuf stops in this file and `messages`.
+
+Life of a `Prefill` call: checks -> into the engine's queue, Accepted -> the transfer to the decode worker runs beside
+(`sender`), Progress each second while the engine turns -> FirstTokens as soon as they are sampled -> Done when the
+decode worker has committed. However it ends, `close_job` frees everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from prefill_service import messages
+from prefill_service.events import Admission
+from prefill_service.job import Job
+from prefill_service.sender import TransferResult
+from prefill_service.worker import PrefillWorker, Target
+from tandem.errors import DrainingError
+from tandem.service import wire
+from tandem.service.logging import bind_request
+from tandem.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+PROGRESS_SECONDS = 1.0
+LOAD_INTERVAL = 0.05
+"""Least seconds between two loads to one watcher."""
+LOAD_BEAT = 1.0
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """Raises TandemErrors; the server's interceptor maps them."""
+
+    def __init__(self, worker: PrefillWorker) -> None:
+        """`worker` is started and stopped by the wiring."""
+        self._worker = worker
+
+    async def Prefill(  # type: ignore[override]  # noqa: N802
+        self, request: prefill_pb2.PrefillRequest, context: Context
+    ) -> None:
+        """See proto/tandem/v1/prefill.proto."""
+        self._worker.identity.check_incarnation(request.incarnation)
+        record = wire.record_from_pb(request.record)
+        with bind_request(record.request_id):
+            # Apart from the first message: a write given up before it sent the headers would take the status with it.
+            await context.send_initial_metadata(())
+            job = self._worker.open_job(record, target_from_pb(request.target))
+            writer = asyncio.create_task(self._serve(job, context))
+            try:
+                # A failure must get through even while the client holds up a write.
+                await asyncio.wait({writer, job.failed}, return_when=asyncio.FIRST_COMPLETED)
+                if job.failed.done():
+                    job.failed.result()
+                await writer
+            finally:
+                self._worker.close_job(job)
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+
+    async def _serve(self, job: Job, context: Context) -> None:
+        admission = await self._submit(job, context)
+        job.start_transfer(context.time_remaining())
+        await context.write(_accepted(admission))
+        clock = asyncio.get_running_loop().time
+        first_tokens_sent, beat = False, clock() + PROGRESS_SECONDS
+        while True:
+            job.news.clear()
+            if job.deltas is not None and not first_tokens_sent:
+                first_tokens_sent = True
+                deltas = [wire.delta_to_pb(delta) for delta in job.deltas]
+                tokens = prefill_pb2.PrefillFirstTokens(deltas=deltas)
+                await context.write(prefill_pb2.PrefillResponse(first_tokens=tokens))
+            if job.result is not None:
+                await context.write(_done(job, job.result))
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(job.news.wait(), max(0.0, beat - clock()))
+            if clock() >= beat:
+                beat = clock() + PROGRESS_SECONDS
+                if self._worker.engine.alive:
+                    await context.write(self._progress(job))
+
+    async def _submit(self, job: Job, context: Context) -> Admission:
+        """The engine answers after the step that runs; until then nobody may take the silence for its end."""
+        answer = asyncio.ensure_future(self._worker.engine.submit(job.key, job.record))
+        try:
+            while not (await asyncio.wait({answer}, timeout=PROGRESS_SECONDS))[0]:
+                if self._worker.engine.alive:
+                    await context.write(self._progress(job))
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    def _progress(self, job: Job) -> prefill_pb2.PrefillResponse:
+        steps = self._worker.engine.steps
+        return prefill_pb2.PrefillResponse(
+            progress=prefill_pb2.PrefillProgress(steps=steps, computed_tokens=job.computed_tokens)
+        )
+
+    async def GetPrefillInfo(  # noqa: N802
+        self, request: prefill_pb2.GetPrefillInfoRequest, context: Context
+    ) -> prefill_pb2.GetPrefillInfoResponse:
+        """What this worker is."""
+        return prefill_pb2.GetPrefillInfoResponse(info=messages.info_to_pb(self._worker.identity))
+
+    async def WatchPrefillLoad(  # noqa: N802
+        self, request: prefill_pb2.WatchPrefillLoadRequest, context: Context
+    ) -> AsyncIterator[prefill_pb2.WatchPrefillLoadResponse]:
+        """On change, at most 20 a second; at least one a second, as long as the engine turns."""
+        with self._worker.watching() as changed:
+            told_draining = False
+            while not self._worker.stopping:
+                changed.clear()
+                if self._worker.engine.alive or self._worker.draining != told_draining:
+                    told_draining = self._worker.draining
+                    yield prefill_pb2.WatchPrefillLoadResponse(load=load_to_pb(self._worker))
+                await asyncio.sleep(LOAD_INTERVAL)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LOAD_BEAT - LOAD_INTERVAL)
+        raise DrainingError("this prefill worker has stopped", retry_after=0.0)
+
+
+def target_from_pb(message: prefill_pb2.TransferTarget) -> Target:
+    """Raises InvalidRequestError or IncompatibleError for a layout that can't be."""
+    return Target(
+        lease_id=message.lease_id,
+        attempt=message.attempt,
+        address=message.address,
+        incarnation=message.incarnation,
+        needed_start=message.needed_start,
+        needed_end=message.needed_end,
+        layout=messages.layout_from_pb(message.layout),
+        transports=tuple(message.transports),
+    )
+
+
+def load_to_pb(worker: PrefillWorker) -> types_pb2.WorkerLoad:
+    """How busy this worker is now."""
+    load = worker.engine.load
+    return types_pb2.WorkerLoad(
+        incarnation=worker.identity.incarnation,
+        steps=worker.engine.steps,
+        running_sequences=load.running_requests,
+        waiting_requests=load.waiting_requests,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        queued_prefill_tokens=load.queued_prefill_tokens,
+        draining=worker.draining,
+        prefill_tokens_per_second=worker.engine.prefill_rate,
+    )
+
+
+def _accepted(admission: Admission) -> prefill_pb2.PrefillResponse:
+    return prefill_pb2.PrefillResponse(accepted=prefill_pb2.PrefillAccepted(cached_tokens=admission.cached_tokens))
+
+
+def _done(job: Job, result: TransferResult) -> prefill_pb2.PrefillResponse:
+    status = prefill_pb2.COMMIT_STATUS_COMMITTED if result.committed else prefill_pb2.COMMIT_STATUS_ALREADY_COMMITTED
+    return prefill_pb2.PrefillResponse(
+        done=prefill_pb2.PrefillDone(
+            status=status,
+            bytes_transferred=result.bytes_sent,
+            prefill_seconds=job.prefill_seconds,
+            transfer_seconds=result.seconds,
+        )
+    )

@@ -1,0 +1,209 @@
+"""`tandem up`: everything on this machine, in the foreground, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from typing import Any
+
+import click
+
+from tandem.cli.options import DEFAULT_GATEWAY, DEFAULT_HTTP
+from tandem.cli.terminal import Terminal
+from tandem.client import AsyncClient, Delta
+from tandem.errors import TandemError
+from tandem.models import resolve_model
+from tandem.service import logging
+from tandem.service.address import parse
+from tandem.supervisor.settings import UpSettings
+from tandem.supervisor.supervisor import Supervisor
+
+
+@click.command("up")
+@click.option(
+    "--model",
+    default="default",
+    show_default=True,
+    metavar="default|PATH|hub:ORG/NAME",
+    help="The default model, a GGUF file or Hugging Face folder, or a repository of the hub.",
+)
+@click.option(
+    "--gateway",
+    default=DEFAULT_GATEWAY,
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where clients call; port 0 takes a free one.",
+)
+@click.option(
+    "--gateways",
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="How many gateways, on the ports from --gateway and --http on.",
+)
+@click.option(
+    "--http",
+    default=DEFAULT_HTTP,
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where the gateway serves /metrics and /healthz.",
+)
+@click.option(
+    "--prefill",
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Prefill workers; with 0 decode workers prefill themselves (aggregated mode).",
+)
+@click.option("--decode", default=1, show_default=True, metavar="N", help="Decode workers.")
+@click.option(
+    "--transport",
+    type=click.Choice(["shm", "grpc", "nixl"]),
+    help="How KV blocks travel.  [default: the best that is here]",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["auto", "exact", "bf16", "int8"]),
+    help="exact: float32, the same bits whatever the batch; the others trade that for speed.  [default: auto]",
+)
+@click.option("--dtype", metavar="TYPE", help="Number format of the weights: float32 or bf16.  [default: by --compute]")
+@click.option("--kv-dtype", metavar="TYPE", help="Number format of the KV cache.  [default: by --compute]")
+@click.option("--block-size", type=int, metavar="TOKENS", help="Tokens a KV block.  [default: the workers']")
+@click.option("--num-blocks", type=int, metavar="N", help="KV blocks a worker.  [default: by memory]")
+@click.option("--kv-memory", type=int, metavar="BYTES", help="Memory of a worker's KV cache, in place of --num-blocks.")
+@click.option("--chunk-size", type=int, metavar="TOKENS", help="Prompt tokens a prefill step.  [default: the workers']")
+@click.option("--max-sequences", type=int, metavar="N", help="Most outputs in one step.  [default: the workers']")
+@click.option("--threads", type=int, metavar="N", help="Compute threads a worker.  [default: the workers']")
+@click.option(
+    "--no-prefix-cache",
+    "prefix_cache",
+    flag_value=False,
+    default=True,
+    type=bool,
+    help="Keep no KV blocks of finished requests.",
+)
+@click.option(
+    "--local-prefill-threshold",
+    type=int,
+    metavar="TOKENS",
+    help="Missing prompt tokens up to which decode prefills itself.  [default: the gateway's]",
+)
+@click.option("--max-queue", type=int, metavar="N", help="Most requests that wait in a gateway.")
+@click.option("--default-timeout", type=float, metavar="SECONDS", help="Deadline of requests that bring none.")
+@click.option(
+    "--drain-grace",
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time that running requests get to finish when a worker stops.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(logging.LEVELS),
+    default="warning",
+    show_default=True,
+    help="What workers log to stderr.",
+)
+@click.option("--ask", metavar="QUESTION", help="Once it serves, ask the model this and print the answer.")
+def command(model: str, gateway: str, http: str, ask: str | None, **flags: Any) -> None:
+    """Start gateway, prefill and decode on this machine and keep them running until Ctrl-C.
+
+    Prints one line `ready gateway=HOST:PORT http=HOST:PORT` when it serves. A worker that dies is restarted.
+    """
+    logging.configure("up", flags["log_level"])
+    settings = UpSettings(
+        model=resolve_model(model),
+        gateway=parse(gateway, flag="--gateway"),
+        http=parse(http, flag="--http"),
+        **flags,
+    )
+    asyncio.run(_run(settings, ask))
+
+
+async def _run(settings: UpSettings, ask: str | None) -> None:
+    await Foreground(settings, ask).run()
+
+
+class Foreground:
+    """One `tandem up` from start to end. Made inside the event loop."""
+
+    def __init__(self, settings: UpSettings, ask: str | None) -> None:
+        """`ask` is a question for when it serves."""
+        self._settings, self._ask = settings, ask
+        self._terminal = Terminal()
+        self._stop = asyncio.Event()
+        self._signals = 0
+        self._supervisor = Supervisor(settings, self._terminal.log, self._terminal.progress)
+
+    async def run(self) -> None:
+        """Returns after a signal, when no process is left. Raises ConfigError when a worker can't start."""
+        self._install_handlers()
+        work = asyncio.ensure_future(self._serve())
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            await stop
+        finally:
+            for task in (work, stop):
+                task.cancel()
+            await asyncio.gather(work, stop, return_exceptions=True)
+            await self._supervisor.stop()
+            self._terminal.close()
+
+    async def _serve(self) -> None:
+        supervisor = self._supervisor
+        await supervisor.start()
+        self._terminal.close()
+        print(f"ready gateway={supervisor.gateways[0]} http={supervisor.https[0]}", flush=True)
+        if self._ask:
+            await self._answer(str(supervisor.gateways[0]), self._ask)
+        self._tell()
+
+    async def _answer(self, gateway: str, question: str) -> None:
+        """Streams the model's answer to stdout. A failure is told, and everything goes on serving."""
+        print(f"\n{question}", flush=True)
+        try:
+            async with AsyncClient(gateway) as client:
+                messages = [{"role": "user", "content": question}]
+                async with client.stream(messages=messages, temperature=0.0, max_tokens=256) as events:
+                    async for event in events:
+                        if isinstance(event, Delta):
+                            print(event.text, end="", flush=True)
+            print("\n", flush=True)
+        except TandemError as exc:
+            print(f"\nerror: the question failed: {exc}", file=sys.stderr, flush=True)
+
+    def _tell(self) -> None:
+        """What a person can do now."""
+        gateway, http = self._supervisor.gateways[0], self._supervisor.https[0]
+        flag = "" if str(gateway) == DEFAULT_GATEWAY else f" --gateway {gateway}"
+        lines = (
+            f"gRPC      {', '.join(map(str, self._supervisor.gateways))}",
+            f"metrics   http://{http}/metrics",
+            f"try       tandem chat{flag}",
+            f'          tandem generate "Once upon a time"{flag} --max-tokens 40',
+            f"          tandem status{flag}",
+            "stop      Ctrl-C",
+        )
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+    def _install_handlers(self) -> None:
+        """SIGINT and SIGTERM even where a shell set them to be ignored, as for background jobs; SIGHUP unless under
+        nohup.
+        """
+        loop = asyncio.get_running_loop()
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        """The first ends everything in order; the second kills."""
+        self._signals += 1
+        self._stop.set()
+        if self._signals > 1:
+            self._supervisor.kill()

@@ -1,0 +1,56 @@
+"""grpc.health.v1 for "" and every service of a process, with a Watch that reports each change.
+
+Starts as NOT_SERVING; `set_serving` may be called from the event loop at any time and returns at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tandem.errors import NotFoundError
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated without types
+    """The health of all services of one process: they serve, or not, together."""
+
+    def __init__(self) -> None:
+        """Knows "" until services are added."""
+        self.services: set[str] = {""}
+        self.serving = False
+        self._changed = asyncio.Event()
+
+    def set_serving(self, serving: bool) -> None:
+        """Changes the status of every service and wakes all watchers."""
+        self.serving = serving
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _status(self, service: str) -> Any:
+        response = health_pb2.HealthCheckResponse
+        if service not in self.services:
+            return response.SERVICE_UNKNOWN
+        return response.SERVING if self.serving else response.NOT_SERVING
+
+    async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
+        """The status now; NOT_FOUND for a service that isn't here, as the protocol says."""
+        if request.service not in self.services:
+            raise NotFoundError(f"no service {request.service!r} here")
+        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+
+    async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: N802
+        """The status now and after every change, until the caller goes."""
+        last = None
+        while True:
+            changed = self._changed
+            status = self._status(request.service)
+            if status != last:
+                yield health_pb2.HealthCheckResponse(status=status)
+                last = status
+            await changed.wait()

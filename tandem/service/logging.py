@@ -1,0 +1,75 @@
+"""Structured logs on stderr: one JSON object a line, or a readable line when stderr is a terminal.
+
+`configure` once at start; `get_logger` anywhere; `bind_request` around the work of one request, so that each line of
+that task carries its `request_id`. Threads of their own (the engine's) have no context and name the request themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import structlog
+
+from tandem.errors import ConfigError
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def configure(role: str, level: str = "info") -> None:
+    """Sends our logs and those of libraries to stderr. `role` is on every line. Raises ConfigError for an unknown
+    level.
+    """
+    if level not in LEVELS:
+        raise ConfigError(f"--log-level: {level!r} is not one of {', '.join(LEVELS)}")
+
+    def add_role(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        event.setdefault("role", role)
+        return event
+
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        add_role,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    console = sys.stderr.isatty()
+    # The console renderer formats exceptions itself; JSON takes them as one string, without local variables.
+    tail: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer(colors=True, exception_formatter=structlog.dev.plain_traceback)]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *tail],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+
+
+def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
+    """A logger whose lines carry `logger: name`. May be made at import time, before `configure`."""
+    return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(name))
+
+
+@contextmanager
+def bind_request(request_id: str) -> Iterator[None]:
+    """Puts `request_id` on every line that this task (and tasks it starts) logs inside."""
+    with structlog.contextvars.bound_contextvars(request_id=request_id):
+        yield

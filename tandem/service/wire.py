@@ -1,0 +1,171 @@
+"""Protobuf messages to plain data and back, for what more than one service speaks of. Used by servicers and stubs'
+callers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tandem.errors import InvalidRequestError
+from tandem.record import FinishReason, OutputState, Record, SamplingParams, StopRules, TokenDelta, TokenLogprobs
+from tandem.v1 import types_pb2 as pb
+
+_FINISH_TO_PB = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+}
+_FINISH_FROM_PB = {value: key for key, value in _FINISH_TO_PB.items()}
+
+
+def finish_reason_to_pb(reason: FinishReason | None) -> pb.FinishReason.ValueType:
+    """None becomes UNSPECIFIED."""
+    return pb.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_TO_PB[reason]
+
+
+def finish_reason_from_pb(reason: pb.FinishReason.ValueType) -> FinishReason | None:
+    """UNSPECIFIED, and values of a later version, become None."""
+    return _FINISH_FROM_PB.get(reason)
+
+
+def logprobs_to_pb(logprobs: Sequence[TokenLogprobs]) -> pb.TokenLogprobs | None:
+    """Packs per-token log probabilities; None for an empty sequence. All must have one number of alternatives."""
+    if not logprobs:
+        return None
+    return pb.TokenLogprobs(
+        token_logprobs=[item.logprob for item in logprobs],
+        top_count=len(logprobs[0].top_token_ids),
+        top_token_ids=[token for item in logprobs for token in item.top_token_ids],
+        top_logprobs=[value for item in logprobs for value in item.top_logprobs],
+    )
+
+
+def logprobs_from_pb(message: pb.TokenLogprobs) -> list[TokenLogprobs]:
+    """Unpacks; raises InvalidRequestError when the arrays' lengths disagree."""
+    count, width = len(message.token_logprobs), message.top_count
+    if len(message.top_token_ids) != count * width or len(message.top_logprobs) != count * width:
+        raise InvalidRequestError(
+            f"top_token_ids and top_logprobs must hold token_logprobs x top_count = {count * width} entries, "
+            f"got {len(message.top_token_ids)} and {len(message.top_logprobs)}",
+            field="logprobs",
+        )
+    return [
+        TokenLogprobs(
+            logprob=message.token_logprobs[i],
+            top_token_ids=tuple(message.top_token_ids[i * width : (i + 1) * width]),
+            top_logprobs=tuple(message.top_logprobs[i * width : (i + 1) * width]),
+        )
+        for i in range(count)
+    ]
+
+
+def delta_to_pb(delta: TokenDelta) -> pb.TokenDelta:
+    """One output's consecutive tokens."""
+    return pb.TokenDelta(
+        index=delta.index,
+        position=delta.position,
+        token_ids=delta.token_ids,
+        logprobs=logprobs_to_pb(delta.logprobs),
+    )
+
+
+def delta_from_pb(message: pb.TokenDelta) -> TokenDelta:
+    """Inverse of `delta_to_pb`."""
+    return TokenDelta(
+        index=message.index,
+        position=message.position,
+        token_ids=list(message.token_ids),
+        logprobs=logprobs_from_pb(message.logprobs),
+    )
+
+
+def deltas_from_pb(messages: Iterable[pb.TokenDelta]) -> list[TokenDelta]:
+    """`delta_from_pb` of each."""
+    return [delta_from_pb(message) for message in messages]
+
+
+def record_to_pb(record: Record) -> pb.Record:
+    """The record as it travels; every scalar is set."""
+    sampling, stopping = record.sampling, record.stopping
+    return pb.Record(
+        request_id=record.request_id,
+        model_id=record.model_id,
+        tenant=record.tenant,
+        prompt_token_ids=record.prompt,
+        outputs=[
+            pb.RecordOutput(
+                token_ids=output.token_ids,
+                logprobs=logprobs_to_pb(output.logprobs),
+                finish_reason=finish_reason_to_pb(output.finish_reason),
+            )
+            for output in record.outputs
+        ],
+        sampling=pb.SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias),
+            seed=sampling.seed,
+            n=sampling.n,
+        ),
+        stopping=pb.StoppingParams(
+            max_tokens=stopping.max_tokens,
+            min_tokens=stopping.min_tokens,
+            stop_token_ids=stopping.stop_token_ids,
+            ignore_eos=stopping.ignore_eos,
+        ),
+        logprobs=record.logprobs,
+        priority=record.priority,
+        arrival_seconds=record.arrival,
+    )
+
+
+def record_from_pb(message: pb.Record) -> Record:
+    """Inverse of `record_to_pb`. Raises InvalidRequestError for a record no gateway would send."""
+    sampling, stopping = message.sampling, message.stopping
+    if not message.prompt_token_ids:
+        raise InvalidRequestError("a record needs at least one prompt token", field="record.prompt_token_ids")
+    if len(message.outputs) != sampling.n or sampling.n < 1:
+        raise InvalidRequestError(
+            f"a record needs one output per choice: n is {sampling.n}, outputs are {len(message.outputs)}",
+            field="record.outputs",
+        )
+    return Record(
+        request_id=message.request_id,
+        model_id=message.model_id,
+        prompt=list(message.prompt_token_ids),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias),
+            seed=sampling.seed,
+            n=sampling.n,
+        ),
+        stopping=StopRules(
+            max_tokens=stopping.max_tokens,
+            min_tokens=stopping.min_tokens,
+            stop_token_ids=tuple(stopping.stop_token_ids),
+            ignore_eos=stopping.ignore_eos,
+        ),
+        outputs=[
+            OutputState(
+                token_ids=list(output.token_ids),
+                logprobs=logprobs_from_pb(output.logprobs),
+                finish_reason=finish_reason_from_pb(output.finish_reason),
+            )
+            for output in message.outputs
+        ],
+        tenant=message.tenant,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        priority=message.priority,
+        arrival=message.arrival_seconds,
+    )

@@ -1,0 +1,1 @@
+"""What `tandem up` runs: the processes of one machine, started, watched, scaled and stopped together."""

@@ -1,0 +1,101 @@
+"""How `tandem status` and `tandem scale` talk to a running `tandem up`: one JSON line each way over its Unix socket.
+
+Request: {"command": "status"} or {"command": "scale", "role": "decode", "count": 2}. Answer: {"ok": true, ...} or
+{"ok": false, "error": "..."}. The socket lies in a folder that only its owner can enter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import ConfigError, TandemError, UnavailableError
+from tandem.service.logging import get_logger
+from tandem.supervisor.runtime import control_socket, runtime_folder
+
+MAX_LINE_BYTES = 64 << 10
+READ_SECONDS = 10.0
+
+_log = get_logger(__name__)
+
+Handle = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class ControlServer:
+    """Serves one socket. `start` -> `close`, which removes it."""
+
+    def __init__(self, path: Path, handle: Handle) -> None:
+        """`handle` answers a request; TandemErrors that it raises become errors of the answer."""
+        self._path, self._handle = path, handle
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Binds; a dead socket of the same name is replaced."""
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, self._path, limit=MAX_LINE_BYTES)
+
+    async def close(self) -> None:
+        """Stops listening and removes the socket."""
+        if self._server is not None:
+            self._server.close()
+        self._path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                line = await reader.readline()
+            answer = await self._answer(line)
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+        except (TimeoutError, ValueError, ConnectionError):
+            pass  # a caller that says nothing, too much, or went away
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            if not isinstance(request, dict):
+                raise ValueError("not an object")
+        except ValueError as exc:
+            return {"ok": False, "error": f"not a request: {exc}"}
+        try:
+            return {"ok": True, **await self._handle(request)}
+        except TandemError as exc:
+            return {"ok": False, "error": exc.message}
+        except Exception:
+            _log.exception("control request failed")
+            return {"ok": False, "error": "internal error; see the log of tandem up"}
+
+
+def ask(port: int, request: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
+    """Sends one request to the `tandem up` whose gateway listens on `port`. Raises UnavailableError when there is
+    none.
+    """
+    path = control_socket(port)
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout)
+            connection.connect(str(path))
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            with connection.makefile("rb") as stream:
+                answer = json.loads(stream.readline())
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise UnavailableError(f"no `tandem up` of yours runs a gateway on port {port}{_others()}") from None
+    except (OSError, ValueError) as exc:
+        raise UnavailableError(f"`tandem up` on port {port} gave no answer: {exc}") from exc
+    if not answer.pop("ok"):
+        raise ConfigError(str(answer.get("error")))
+    return dict(answer)
+
+
+def _others() -> str:
+    ports = sorted(path.stem.removeprefix("gateway-") for path in runtime_folder().glob("gateway-*.sock"))
+    return f"; running ones: {', '.join(f'--gateway 127.0.0.1:{port}' for port in ports)}" if ports else ""

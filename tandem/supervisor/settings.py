@@ -1,0 +1,128 @@
+"""What `tandem up` was asked for, and the command lines that follow from it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tandem
+from tandem.errors import ConfigError
+from tandem.service.address import Address
+
+Role = Literal["prefill", "decode", "gateway"]
+MODULES: dict[Role, str] = {"prefill": "prefill_service", "decode": "decode_service", "gateway": "gateway"}
+MAX_WORKERS = 64
+LAUNCHER = str(Path(__file__).with_name("launch.py"))
+
+
+@dataclass(frozen=True, slots=True)
+class UpSettings:
+    """Everything that `tandem up` can be told. None leaves a worker's own default."""
+
+    model: Path
+    gateway: Address
+    http: Address
+    gateways: int = 1
+    prefill: int = 1
+    decode: int = 1
+    transport: str | None = None
+    compute: str | None = None
+    dtype: str | None = None
+    kv_dtype: str | None = None
+    block_size: int | None = None
+    num_blocks: int | None = None
+    kv_memory: int | None = None
+    chunk_size: int | None = None
+    max_sequences: int | None = None
+    threads: int | None = None
+    prefix_cache: bool = True
+    drain_grace: float = 10.0
+    local_prefill_threshold: int | None = None
+    max_queue: int | None = None
+    default_timeout: float | None = None
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for counts that can't work."""
+        check_count("prefill", self.prefill)
+        check_count("decode", self.decode)
+        if not 1 <= self.gateways <= MAX_WORKERS:
+            raise ConfigError(f"--gateways: must be 1 to {MAX_WORKERS}, got {self.gateways}")
+        for flag, address in (("--gateway", self.gateway), ("--http", self.http)):
+            if address.port and address.port + self.gateways - 1 > 65535:
+                raise ConfigError(f"{flag}: no room for {self.gateways} ports from {address.port}")
+
+
+def check_count(role: str, count: int) -> None:
+    """Raises ConfigError unless `count` workers of `role` make sense: prefill 0 is the aggregated mode, decode needs
+    one.
+    """
+    least = 0 if role == "prefill" else 1
+    if not least <= count <= MAX_WORKERS:
+        raise ConfigError(f"{role}: must be {least} to {MAX_WORKERS} workers, got {count}")
+
+
+def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
+    """Flags of a prefill or decode worker."""
+    values: dict[str, object] = {
+        "--model": settings.model,
+        "--listen": "127.0.0.1:0",
+        "--metrics": "127.0.0.1:0",
+        "--compute": settings.compute,
+        "--dtype": settings.dtype,
+        "--kv-dtype": settings.kv_dtype,
+        "--block-size": settings.block_size,
+        "--num-blocks": settings.num_blocks,
+        "--kv-memory": settings.kv_memory,
+        "--chunk-size": settings.chunk_size,
+        "--max-sequences": settings.max_sequences,
+        "--transport": settings.transport,
+        "--threads": settings.threads,
+        "--drain-grace": settings.drain_grace,
+        "--log-level": settings.log_level,
+    }
+    return _flags(values) + ([] if settings.prefix_cache else ["--no-prefix-cache"])
+
+
+def gateway_arguments(settings: UpSettings, listen: Address, http: Address, workers_file: Path) -> list[str]:
+    """Flags of a gateway."""
+    values: dict[str, object] = {
+        "--model": settings.model,
+        "--listen": listen,
+        "--http": http,
+        "--workers-file": workers_file,
+        "--max-queue": settings.max_queue,
+        "--default-timeout": settings.default_timeout,
+        "--local-prefill-threshold": settings.local_prefill_threshold,
+        "--drain-grace": settings.drain_grace,
+        "--log-level": settings.log_level,
+    }
+    return _flags(values)
+
+
+def command_line(role: Role, arguments: list[str]) -> list[str]:
+    """The whole command of one process: it dies with this one, and never imports from the current folder by
+    accident.
+    """
+    python = sys.executable
+    return [python, "-I", "-S", LAUNCHER, str(os.getpid()), python, "-P", "-m", MODULES[role], *arguments]
+
+
+def environment() -> dict[str, str]:
+    """The workers' environment: ours, with the packages beside this one importable from any folder."""
+    root = str(Path(tandem.__file__).parent.parent)
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    defaults = {"GRPC_VERBOSITY": "NONE"}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait for the next kernel spin at first. By default they do so for milliseconds, and with two
+        # services on the same cores they take from each other what the one with work could use. These few turns still
+        # bridge the gaps between the kernels of a step.
+        defaults["GOMP_SPINCOUNT"] = "5000"
+    return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+
+
+def _flags(values: dict[str, object]) -> list[str]:
+    return [text for flag, value in values.items() if value is not None for text in (flag, str(value))]

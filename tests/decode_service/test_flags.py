@@ -1,0 +1,57 @@
+"""The command line of a decode worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from decode_service.__main__ import main
+from decode_service.flags import parse_flags
+from tandem.errors import ConfigError
+
+
+def test_defaults_and_values() -> None:
+    flags = parse_flags(["--model", "m.gguf", "--chunk-size", "7", "--no-prefix-cache", "--drain-grace", "2.5"])
+    assert flags.engine["max_step_tokens"] == 7
+    assert flags.engine["prefix_cache"] is False
+    assert flags.listen == "127.0.0.1:0"
+    assert flags.drain_grace == 2.5
+    assert "grpc" in flags.transports
+
+
+def test_grpc_leaves_shared_memory_out() -> None:
+    assert parse_flags(["--model", "m", "--transport", "grpc"]).transports == ("grpc",)
+    assert parse_flags(["--model", "m", "--transport", "shm"]).transports == ("shm", "grpc")
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ([], "--model"),
+        (["--model", "m", "--listen", "nowhere"], "--listen"),
+        (["--model", "m", "--metrics", "1:2:3"], "--metrics"),
+        (["--model", "m", "--transport", "pigeon"], "--transport"),
+        (["--model", "m", "--drain-grace", "-1"], "--drain-grace"),
+        (["--model", "m", "--threads", "two"], "--threads"),
+        (["--model", "m", "--colour", "red"], "--colour"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_exit_code_2(
+    argv: list[str], names: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=names):
+        parse_flags(argv)
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_model_that_is_not_there_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(tmp_path / "none.gguf")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert [line[:7] for line in captured.err.splitlines()] == ["error: "]

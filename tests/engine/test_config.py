@@ -1,0 +1,94 @@
+"""Settings become a frozen EngineConfig, or a ConfigError with the key and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from engine.config import DEFAULT_NUM_BLOCKS, EngineConfig, ModelConfig, RopeConfig, resolve_engine_config
+from tandem.errors import ConfigError
+
+MODEL = ModelConfig(
+    architecture="llama",
+    vocab_size=100,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=96,
+    rms_eps=1e-5,
+    rope=RopeConfig(theta=1e4, rotary_dim=16),
+    max_context=1000,
+)
+
+
+def _resolve(shape: ModelConfig | None = None, **settings: Any) -> EngineConfig:
+    return resolve_engine_config({"model": "m.gguf", **settings}, shape)
+
+
+def test_automatic_values() -> None:
+    """Nothing said: exact float32; bf16 products bring bf16 weights and cache with them."""
+    assert _resolve() == EngineConfig(model="m.gguf")
+    assert _resolve(compute="auto", dtype=None, num_blocks="auto") == EngineConfig(model="m.gguf")
+    fast = _resolve(compute="bf16")
+    assert (fast.compute, fast.dtype, fast.kv_dtype) == ("bf16", "bfloat16", "bfloat16")
+    assert _resolve(compute="exact", dtype="bf16").dtype == "bfloat16"
+    assert _resolve(compute="bf16", kv_dtype="float32").kv_dtype == "float32"
+
+
+def test_blocks_follow_memory() -> None:
+    """2 x 2 layers x 2 heads x 16 wide x 4 bytes x 16 slots: 8,192 bytes a block."""
+    assert _resolve().block_bytes(MODEL) == 8192
+    assert _resolve(shape=MODEL, kv_memory=100_000).num_blocks == 12
+    assert _resolve(shape=MODEL, num_blocks=5).num_blocks == 5
+    # No more than all sequences at full length need: 3 x 63 blocks.
+    assert _resolve(shape=MODEL, max_sequences=3).num_blocks == 189
+    assert _resolve(shape=MODEL, max_sequences=3, max_context=32).num_blocks == 6
+    assert _resolve().num_blocks == DEFAULT_NUM_BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"colour": "red"}, "unknown setting 'colour'; known: block_size, compute"),
+        ({"model": ""}, "model: must be the path"),
+        ({"compute": "int8"}, "compute: 'int8' is not one of auto, exact, bf16"),
+        ({"dtype": "float8"}, "dtype: 'float8' is not one of auto, float32, bfloat16"),
+        ({"kv_dtype": "int4"}, "kv_dtype: 'int4' is not one of"),
+        ({"compute": "bf16", "dtype": "float32"}, "dtype: compute bf16 holds weights in bfloat16"),
+        ({"device": "cuda"}, "device: 'cuda' is not one of auto, cpu"),
+        ({"block_size": 0}, "block_size: 0 is not an integer between 1 and 256"),
+        ({"block_size": True}, "block_size: True is not an integer"),
+        ({"max_step_tokens": "many"}, "max_step_tokens: 'many' is not an integer"),
+        ({"prefix_cache": "no"}, "prefix_cache: 'no' is not true or false"),
+        ({"threads": 0}, "threads: 0 is not an integer between 1 and 1024"),
+        ({"num_blocks": 5, "kv_memory": 5}, "give num_blocks or kv_memory, not both"),
+        ({"kv_memory": 5}, "kv_memory: needs the model's shape"),
+    ],
+)
+def test_bad_values(settings: dict[str, Any], message: str) -> None:
+    """The key's name and the allowed values."""
+    with pytest.raises(ConfigError, match=message):
+        _resolve(**settings)
+
+
+def test_too_little_memory() -> None:
+    """Less than one block."""
+    with pytest.raises(ConfigError, match="kv_memory: 8191 bytes hold no block; one block takes 8192 bytes"):
+        _resolve(shape=MODEL, kv_memory=8191)
+
+
+def test_windows_and_limits() -> None:
+    """A layer's window, and the context that is served."""
+    windowed = dataclasses.replace(MODEL, sliding_window=8)
+    assert [windowed.layer_window(i) for i in (0, 1)] == [8, 8]
+    some = dataclasses.replace(windowed, sliding_layers=(False, True))
+    assert [some.layer_window(i) for i in (0, 1)] == [None, 8]
+    assert MODEL.layer_window(0) is None
+    assert _resolve(max_context=10).context_limit(MODEL) == 10
+    assert _resolve(max_context=5000).context_limit(MODEL) == 1000
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        windowed.sliding_window = 9  # type: ignore[misc]

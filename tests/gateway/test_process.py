@@ -1,0 +1,116 @@
+"""`python -m gateway` as a process, and the workers' file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from gateway_fakes import Cluster, expected, until
+
+from gateway.pool import WorkerPool, read_workers_file
+from tandem.errors import ConfigError
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+async def _start(*flags: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "gateway",
+        *flags,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT,
+    )
+
+
+async def test_ready_line_requests_and_sigterm(cluster: Cluster, model_path: Path, tmp_path: Path) -> None:
+    """One JSON line, requests served, a running stream is finished after SIGTERM, exit code 0; no torch inside."""
+    await cluster.start()
+    file = tmp_path / "workers.json"
+    workers = {"prefill": [cluster.prefill[0].address], "decode": [cluster.decode[0].address]}
+    file.write_text(json.dumps(workers))
+    process = await _start("--model", str(model_path), "--workers-file", str(file), "--listen", "127.0.0.1:0")
+    try:
+        assert process.stdout is not None
+        ready = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
+        assert (ready["event"], ready["role"], ready["pid"]) == ("ready", "gateway", process.pid)
+        maps = Path(f"/proc/{process.pid}/maps").read_text()  # noqa: ASYNC240
+        assert "libtorch" not in maps
+        cluster.decode[0].pause = 0.05
+        async with grpc.aio.insecure_channel(ready["address"]) as channel:
+            stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            request = inference_pb2.GenerateStreamRequest(token_ids=inference_pb2.TokenIds(ids=range(50, 90)))
+            request.stopping.max_tokens = 20
+            call = stub.GenerateStream(request, timeout=20)
+            tokens = list((await call.read()).delta.token_ids)
+            process.send_signal(signal.SIGTERM)
+            while (response := await call.read()) is not grpc.aio.EOF:
+                tokens += response.delta.token_ids
+            assert tokens == expected(20)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--decode-worker", "127.0.0.1:1"], "no such file"),
+        ([], "--decode-worker"),
+        (["--decode-worker", "nowhere"], "HOST:PORT"),
+        (["--workers-file", "/nonexistent/workers.json"], "--workers-file"),
+    ],
+)
+async def test_start_errors(flags: list[str], words: str, model_path: Path) -> None:
+    """One line on stderr and exit code 2."""
+    model = "/nonexistent/model.gguf" if words == "no such file" else str(model_path)
+    process = await _start("--model", model, *flags)
+    _, stderr = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 2
+    lines = stderr.decode().strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert words in lines[-1]
+
+
+async def test_workers_file_is_followed(tmp_path: Path) -> None:
+    """Replaced by rename: workers come and go; a bad file changes nothing."""
+    file, part = tmp_path / "workers.json", tmp_path / "part"
+
+    def write(text: str) -> None:
+        part.write_text(text)
+        os.replace(part, file)
+
+    write('{"prefill": [], "decode": ["127.0.0.1:1"]}')
+    pool = WorkerPool()
+    try:
+        pool.follow(file)
+        assert [w.address for w in pool.decode] == ["127.0.0.1:1"]
+        write('{"prefill": ["127.0.0.1:3"], "decode": ["127.0.0.1:2"]}')
+        await until(lambda: [w.address for w in pool.decode] == ["127.0.0.1:2"])
+        assert [w.address for w in pool.prefill] == ["127.0.0.1:3"]
+        write("{")
+        write('{"decode": ["127.0.0.1:4"]}')
+        await until(lambda: [w.address for w in pool.decode] == ["127.0.0.1:4"])
+    finally:
+        await pool.close()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"decode": 3}', '{"decode": ["x"]}', '{"other": []}', "nonsense"])
+def test_bad_workers_files(tmp_path: Path, text: str) -> None:
+    """Each is a ConfigError that names the flag."""
+    file = tmp_path / "workers.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="--workers-file"):
+        read_workers_file(file)

@@ -1,0 +1,50 @@
+"""Fixtures of the kernel tests: each implementation forced in turn, thread counts restored, bits compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from kernels import dispatch
+
+
+@pytest.fixture(params=dispatch.NAMES)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once on each implementation."""
+    with dispatch.forced(request.param) as chosen:
+        assert chosen.name == request.param
+        yield chosen.name
+
+
+@pytest.fixture
+def cpp() -> Iterator[None]:
+    """Run the test on the C++ kernels: they carry the exact promise."""
+    with dispatch.forced("cpp"):
+        yield
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Run the test with one and with two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Seeded random numbers."""
+    return torch.Generator().manual_seed(1234)
+
+
+@pytest.fixture
+def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    """Compare float32 tensors bit by bit: -0 differs from 0, and a NaN equals itself."""
+
+    def compare(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+    return compare

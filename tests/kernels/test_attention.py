@@ -1,0 +1,228 @@
+"""Paged attention: parity with torch, and bits free of chunks, batches, block sizes, threads and hidden memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from kernels.attention import paged_attention, paged_attention_reference
+from tandem.errors import InternalError
+
+SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence's queries, keys and values at positions 0..length-1, apart from any paging."""
+
+    q: torch.Tensor  # [length, Hq, D]
+    keys: torch.Tensor  # [length, Hkv, D]
+    values: torch.Tensor
+
+
+def make_sequence(length: int, heads: int, kv_heads: int, dim: int, generator: torch.Generator) -> Sequence:
+    def rand(count: int) -> torch.Tensor:
+        return torch.randn(length, count, dim, generator=generator)
+
+    return Sequence(rand(heads), rand(kv_heads) * 2, rand(kv_heads))
+
+
+def paged(
+    sequences: list[Sequence], known: list[int], block_size: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scatter the first `known` positions of each sequence over shuffled blocks; all other memory is NaN."""
+    kv_heads, dim = sequences[0].keys.shape[1:]
+    needed = [-(-count // block_size) for count in known]
+    order = torch.randperm(sum(needed) + 3, generator=generator).int()
+    cache = torch.full((len(order), 2, 2, kv_heads, block_size, dim), torch.nan, dtype=dtype)
+    tables = torch.full((len(sequences), max([*needed, 1]) + 1), -1, dtype=torch.int32)
+    first = 0
+    for s, (sequence, count) in enumerate(zip(sequences, known, strict=True)):
+        tables[s, : needed[s]] = order[first : first + needed[s]]
+        first += needed[s]
+        positions = torch.arange(count)
+        blocks, offsets = tables[s][positions // block_size].long(), positions % block_size
+        cache[blocks, 1, 0, :, offsets] = sequence.keys[:count].to(dtype)
+        cache[blocks, 1, 1, :, offsets] = sequence.values[:count].to(dtype)
+    return cache[:, 1], tables
+
+
+def attend(
+    sequences: list[Sequence],
+    spans: list[tuple[int, int]],
+    block_size: int,
+    dtype: torch.dtype,
+    window: int | None,
+    generator: torch.Generator,
+    function: Callable[..., torch.Tensor] = paged_attention,
+) -> list[torch.Tensor]:
+    """Run one step: sequence s has its queries at positions spans[s], and everything before in the cache."""
+    kv_layer, tables = paged(sequences, [end for _, end in spans], block_size, dtype, generator)
+    q = torch.cat([seq.q[begin:end] for seq, (begin, end) in zip(sequences, spans, strict=True)])
+    counts = [end - begin for begin, end in spans]
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    contexts = torch.tensor([end for _, end in spans]).int()
+    out = function(q, kv_layer, tables, starts, contexts, q.shape[2] ** -0.5, window)
+    return list(out.split(counts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 50, 64])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"),
+    [(9, 3, 64, 16), (4, 4, 40, 7), (8, 1, 128, 1), (2, 1, 256, 32), (6, 2, 8, 64), (3, 1, 96, 100)],
+)
+def test_matches_torch(
+    implementation: str,
+    dtype: torch.dtype,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block_size: int,
+    generator: torch.Generator,
+) -> None:
+    spans = [(0, 1), (63, 64), (64, 65), (0, 130), (37, 37), (99, 165), (150, 151), (126, 129)]
+    sequences = [make_sequence(end, heads, kv_heads, dim, generator) for _, end in spans]
+    state = generator.get_state()
+    actual = attend(sequences, spans, block_size, dtype, window, generator)
+    generator.set_state(state)
+    expected = attend(sequences, spans, block_size, dtype, window, generator, paged_attention_reference)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+
+
+def test_empty_batches(implementation: str) -> None:
+    cache = torch.zeros(2, 2, 1, 4, 8)
+    zero, none = torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    empty = torch.zeros(0, 2, 8)
+    assert paged_attention(empty, cache, torch.zeros((0, 3), dtype=torch.int32), zero, none, 1.0).shape == (0, 2, 8)
+    two = torch.zeros(2, dtype=torch.int32)
+    assert paged_attention(empty, cache, torch.zeros((1, 3), dtype=torch.int32), two, zero, 1.0).shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (2, 2, 40), (8, 1, 128)])
+def test_bits_are_free_of_chunks_and_block_size(
+    cpp: None,
+    threads: int,
+    dtype: torch.dtype,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    generator: torch.Generator,
+    same_bits: SameBits,
+) -> None:
+    length = 215
+    sequence = make_sequence(length, heads, kv_heads, dim, generator)
+    torch.set_num_threads(1)
+    expected = attend([sequence], [(0, length)], 16, dtype, window, generator)[0]
+    torch.set_num_threads(threads)
+    for block_size in (1, 7, 16, 32, 300):
+        for chunk in (1, 7, 33, 64, 512):
+            if chunk == 1 and block_size not in (7, 16):
+                continue
+            spans = [(begin, min(begin + chunk, length)) for begin in range(0, length, chunk)]
+            parts = [attend([sequence], [span], block_size, dtype, window, generator)[0] for span in spans]
+            assert same_bits(torch.cat(parts), expected), (block_size, chunk)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_bits_are_free_of_the_batch(
+    cpp: None, threads: int, window: int | None, generator: torch.Generator, same_bits: SameBits
+) -> None:
+    spans = [(i * 7 % 190, i * 7 % 190 + (1 if i % 3 else 1 + i)) for i in range(64)]
+    sequences = [make_sequence(end, 9, 3, 64, generator) for _, end in spans]
+    torch.set_num_threads(1)
+    alone = [
+        attend([s], [span], 16, torch.float32, window, generator)[0] for s, span in zip(sequences, spans, strict=True)
+    ]
+    torch.set_num_threads(threads)
+    for size in range(1, 65):
+        first = size * 5 % (65 - size)
+        picked = slice(first, first + size)
+        together = attend(sequences[picked], spans[picked], 16, torch.float32, window, generator)
+        assert all(same_bits(a, b) for a, b in zip(together, alone[picked], strict=True)), size
+
+
+def test_a_row_never_reads_what_it_must_not_see(cpp: None, generator: torch.Generator, same_bits: SameBits) -> None:
+    """Later keys and values of its own chunk that are not finite leave a row's bits alone."""
+    sequence = make_sequence(100, 6, 2, 64, generator)
+    expected = attend([sequence], [(0, 100)], 16, torch.float32, None, generator)[0]
+    sequence.keys[57:] = torch.nan
+    sequence.values[57:] = torch.inf
+    actual = attend([sequence], [(0, 100)], 16, torch.float32, None, generator)[0]
+    assert same_bits(actual[:57], expected[:57])
+    assert bool(actual[57:].isnan().all())
+
+
+def test_blocks_before_the_window_are_not_needed(implementation: str, generator: torch.Generator) -> None:
+    sequence = make_sequence(100, 2, 1, 8, generator)
+    kv_layer, tables = paged([sequence], [100], 10, torch.float32, generator)
+    starts, contexts = torch.tensor([0, 1]).int(), torch.tensor([100]).int()
+    expected = paged_attention(sequence.q[99:], kv_layer, tables, starts, contexts, 0.3, 25)
+    tables[0, :7] = -1
+    assert torch.equal(paged_attention(sequence.q[99:], kv_layer, tables, starts, contexts, 0.3, 25), expected)
+    tables[0, 7] = -1
+    with pytest.raises(InternalError, match="sequence 0"):
+        paged_attention(sequence.q[99:], kv_layer, tables, starts, contexts, 0.3, 25)
+
+
+def test_large_scores_do_not_overflow(implementation: str, generator: torch.Generator) -> None:
+    sequence = make_sequence(150, 2, 1, 16, generator)
+    big = Sequence(sequence.q * 300, sequence.keys * 300, sequence.values)
+    state = generator.get_state()
+    actual = attend([big], [(0, 150)], 16, torch.float32, None, generator)[0]
+    generator.set_state(state)
+    expected = attend([big], [(0, 150)], 16, torch.float32, None, generator, paged_attention_reference)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)  # scores of 1e6: their own rounding is 0.1
+    assert bool(actual.isfinite().all())
+
+
+def test_wrong_arguments_are_named(implementation: str) -> None:
+    def call(**changes: object) -> None:
+        arguments: dict[str, object] = {
+            "q": torch.zeros(2, 4, 8),
+            "kv_layer": torch.zeros(5, 2, 2, 4, 8),
+            "block_tables": torch.zeros((1, 3), dtype=torch.int32),
+            "query_starts": torch.tensor([0, 2]).int(),
+            "context_lens": torch.tensor([9]).int(),
+            "scale": 1.0,
+        }
+        paged_attention(**{**arguments, **changes})  # type: ignore[arg-type]
+
+    call()
+    for name, value in (
+        ("q", torch.zeros(2, 4, 16)[..., ::2]),
+        ("q", torch.zeros(8, 4)),
+        ("kv_layer", torch.zeros(5, 2, 4, 2, 8).transpose(2, 3)),
+        ("kv_layer", torch.zeros(5, 2, 8)),
+        ("block_tables", torch.zeros((2, 3), dtype=torch.int32)),
+        ("block_tables", torch.zeros(3, dtype=torch.int32)),
+        ("query_starts", torch.tensor([0, 2])),
+        ("context_lens", torch.tensor([9.0])),
+        ("out", torch.zeros(2, 4, 9)),
+    ):
+        with pytest.raises(InternalError, match="must be"):
+            call(**{name: value})
+    for name, value in (
+        ("query_starts", torch.tensor([0, 1]).int()),
+        ("query_starts", torch.tensor([1, 2]).int()),
+        ("context_lens", torch.tensor([1]).int()),
+        ("context_lens", torch.tensor([13]).int()),
+        ("block_tables", torch.tensor([[0, 1, 5]]).int()),
+        ("block_tables", torch.tensor([[0, -1, 1]]).int()),
+    ):
+        with pytest.raises(InternalError, match="do not fit together"):
+            call(**{name: value})
+    with pytest.raises(InternalError, match="query heads"):
+        call(q=torch.zeros(2, 3, 8))
+    with pytest.raises(InternalError, match="head_dim 12"):
+        call(q=torch.zeros(2, 4, 12), kv_layer=torch.zeros(5, 2, 2, 4, 12))
+    with pytest.raises(InternalError, match="sliding_window"):
+        call(sliding_window=0)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from kv_transfer import registry
+from kv_transfer.pool import LocalPool, SharedPool
+from tandem.errors import ConfigError, IncompatibleError
+
+
+def test_available_is_what_can_be_made() -> None:
+    pool = SharedPool(2, 8)
+    assert registry.available() == ["shm", "grpc"]
+    for name in registry.available():
+        source, target = registry.source_transport(name, pool, "i"), registry.target_transport(name)
+        assert source.name == target.name == name
+        source.close()
+        target.close()
+    pool.close()
+
+
+def test_without_linux_only_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.sys, "platform", "darwin")
+    assert registry.available() == ["grpc"]
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"carrier.*shm, grpc"):
+        registry.source_transport("carrier", LocalPool(1, 1), "i")
+    with pytest.raises(ConfigError, match=r"carrier.*shm, grpc"):
+        registry.target_transport("carrier")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "chosen"),
+    [
+        (["shm", "grpc"], ["grpc", "shm"], "shm"),
+        (["shm", "grpc"], ["grpc"], "grpc"),
+        (["grpc"], ["shm", "grpc"], "grpc"),
+    ],
+)
+def test_choose(source: list[str], target: list[str], chosen: str) -> None:
+    assert registry.choose(source, target) == chosen
+
+
+def test_nothing_in_common_names_both() -> None:
+    with pytest.raises(IncompatibleError, match=r"shm.*grpc"):
+        registry.choose(["shm"], ["grpc"])
+    with pytest.raises(IncompatibleError):
+        registry.choose([], ["grpc"])

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from prefill_scheduling import VOCAB, expected_tokens, make_record
+from prefill_serving import GatedRunner, until
+
+from engine.block_pool import BlockPool
+from prefill_service import engine_loop
+from prefill_service.config import SchedulerConfig
+from prefill_service.engine_loop import EngineLoop
+from prefill_service.events import Event, Failed, Sampled
+from prefill_service.scheduler import Scheduler
+from tandem.errors import InternalError, InvalidRequestError, UnavailableError
+from tandem.service import pulse
+
+
+class Bench:
+    """An engine loop whose events are kept."""
+
+    def __init__(self, chunk: int = 8) -> None:
+        config = SchedulerConfig(max_step_tokens=chunk, max_sequences=4, max_context=512, vocab_size=VOCAB)
+        self.scheduler = Scheduler(config, BlockPool(64, 4))
+        self.runner = GatedRunner(64, 4, vocab_size=VOCAB)
+        self.events: list[Event] = []
+        self.loads = 0
+        self.engine = EngineLoop(self.scheduler, self.runner, on_events=self.events.extend, on_load=self._count)
+
+    def _count(self, _load: object) -> None:
+        self.loads += 1
+
+    def of(self, key: str, kind: type) -> list[Any]:
+        return [event for event in self.events if event.key == key and isinstance(event, kind)]
+
+
+@asynccontextmanager
+async def running(chunk: int = 8) -> AsyncIterator[Bench]:
+    bench = Bench(chunk)
+    bench.engine.start()
+    try:
+        yield bench
+    finally:
+        bench.runner.free()
+        await bench.engine.stop()
+
+
+async def test_submit_computes_and_release_frees() -> None:
+    async with running() as bench:
+        record = make_record(20, seed=1)
+        admission = await bench.engine.submit("a", record)
+        assert (admission.cached_tokens, admission.waiting_requests) == (0, 1)
+        await until(lambda: bool(bench.of("a", Sampled)))
+        assert bench.of("a", Sampled)[0].deltas[0].token_ids == [expected_tokens(record)[0]]
+        assert bench.engine.steps == 3
+        assert bench.engine.prefill_rate > 0
+        bench.engine.release("a")
+        await until(lambda: bench.engine.load.free_blocks == 64)
+        bench.scheduler.check_integrity()
+
+
+async def test_one_call_to_the_event_loop_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(chunk=4) as bench:
+        loop = asyncio.get_running_loop()
+        calls = 0
+        deliver = bench.engine._deliver
+
+        def counting(*arguments: Any) -> None:
+            nonlocal calls
+            calls += 1
+            deliver(*arguments)
+
+        monkeypatch.setattr(bench.engine, "_deliver", counting)
+        bench.runner.hold()
+        keys = [f"k{i}" for i in range(3)]
+        first = asyncio.ensure_future(bench.engine.submit("first", make_record(4, seed=9)))
+        await until(bench.runner.waiting.is_set)
+        await first
+        others = [asyncio.ensure_future(bench.engine.submit(key, make_record(8, seed=i))) for i, key in enumerate(keys)]
+        await until(lambda: bench.engine._commands.qsize() == 3)
+        calls = 0
+        bench.runner.free()
+        await asyncio.gather(*others)
+        await until(lambda: all(bench.of(key, Sampled) for key in keys))
+        assert bench.engine.steps == 7
+        assert calls == 7, "answers, events and starts of a turn go together"
+        assert loop.is_running()
+
+
+async def test_a_poison_step_fails_those_aboard_only() -> None:
+    async with running(chunk=4) as bench:
+        bench.runner.hold()
+        await bench.engine.submit("poison", make_record(4, seed=1))
+        await until(bench.runner.waiting.is_set)
+        other = asyncio.ensure_future(bench.engine.submit("other", make_record(4, seed=2)))
+        bench.runner.fail_steps = 1
+        bench.runner.free()
+        await other
+        await until(lambda: bool(bench.of("other", Sampled)))
+        assert "on fire" in bench.of("poison", Failed)[0].error.message
+        assert bench.of("other", Failed) == []
+
+
+async def test_a_tandem_error_of_a_step_is_kept() -> None:
+    async with running() as bench:
+        bench.runner.run = _raise(InternalError("shadow"))
+        await bench.engine.submit("a", make_record(4, seed=1))
+        await until(lambda: bool(bench.of("a", Failed)))
+        assert bench.of("a", Failed)[0].error.message == "shadow"
+
+
+@pytest.mark.parametrize("method", ["schedule", "update", "load"])
+async def test_a_bug_of_the_scheduler_fails_requests_not_the_thread(method: str) -> None:
+    async with running() as bench:
+        original = getattr(bench.scheduler, method)
+        bench.runner.hold()
+        await bench.engine.submit("a", make_record(12, seed=1))
+        await until(bench.runner.waiting.is_set)
+        setattr(bench.scheduler, method, _raise(RuntimeError("bug"), then=original))
+        bench.runner.free()
+        await until(lambda: bool(bench.of("a", Failed)))
+        assert "bug" in bench.of("a", Failed)[0].error.message
+        bench.engine.release("a")
+        await bench.engine.submit("b", make_record(4, seed=2))
+        await until(lambda: bool(bench.of("b", Sampled)))
+        bench.scheduler.check_integrity()
+
+
+def _raise(error: Exception, then: Any = None) -> Any:
+    """A function that raises the first time."""
+    calls = []
+
+    def run(*arguments: Any) -> Any:
+        if then is None or not calls:
+            calls.append(1)
+            raise error
+        return then(*arguments)
+
+    return run
+
+
+async def test_errors_of_a_submission_are_its_own() -> None:
+    async with running() as bench:
+        with pytest.raises(InvalidRequestError):
+            await bench.engine.submit("a", make_record([]))
+        bench.scheduler.release = _raise(RuntimeError("bug"), then=bench.scheduler.release)
+        bench.engine.release("a")
+        await bench.engine.submit("b", make_record(4, seed=2))
+        await until(lambda: bool(bench.of("b", Sampled)))
+
+
+async def test_a_submission_nobody_waits_for_any_more() -> None:
+    async with running() as bench:
+        bench.runner.hold()
+        await bench.engine.submit("a", make_record(4, seed=1))
+        await until(bench.runner.waiting.is_set)
+        submission = asyncio.ensure_future(bench.engine.submit("b", make_record(4, seed=2)))
+        await until(lambda: bench.engine._commands.qsize() == 1)
+        submission.cancel()
+        bench.engine.release("b")
+        bench.runner.free()
+        await until(lambda: bool(bench.of("a", Sampled)))
+        bench.engine.release("a")
+        await until(lambda: bench.engine.load.free_blocks == 64 and len(bench.scheduler) == 0)
+        assert bench.of("b", Sampled) == []
+
+
+async def test_after_stop_commands_are_refused() -> None:
+    async with running() as bench:
+        await bench.engine.stop()
+        assert not bench.engine.alive
+        with pytest.raises(UnavailableError):
+            await bench.engine.submit("a", make_record(4))
+        bench.engine.release("a")
+        await bench.engine.stop()
+
+
+async def test_stop_without_start() -> None:
+    bench = Bench()
+    await bench.engine.stop()
+    assert not bench.engine.alive
+
+
+async def test_commands_before_the_stop_are_answered() -> None:
+    async with running() as bench:
+        bench.runner.hold()
+        await bench.engine.submit("a", make_record(4, seed=1))
+        await until(bench.runner.waiting.is_set)
+        waiting = asyncio.ensure_future(bench.engine.submit("b", make_record(4, seed=2)))
+        await until(lambda: bench.engine._commands.qsize() == 1)
+        stopping = asyncio.ensure_future(bench.engine.stop())
+        await until(lambda: bench.engine._commands.qsize() == 2)
+        bench.runner.free()
+        await asyncio.gather(waiting, stopping)
+        await until(lambda: bool(bench.of("a", Sampled)))
+
+
+async def test_an_idle_engine_is_alive_and_a_stuck_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_loop, "IDLE_BEAT", 0.02)
+    monkeypatch.setattr(pulse, "STEP_SECONDS", 0.3)
+    monkeypatch.setattr(pulse, "TURN_SECONDS", 0.3)
+    async with running() as bench:
+        await bench.engine.submit("a", make_record(4, seed=1))
+        await until(lambda: bool(bench.of("a", Sampled)))
+        turned = bench.engine._pulse._mark[0]
+        await until(lambda: bench.engine._pulse._mark[0] > turned + 0.4)
+        assert bench.engine.alive, "it has nothing to do, but turns"
+        bench.runner.hold()
+        await bench.engine.submit("b", make_record(4, seed=2))
+        await until(lambda: not bench.engine.alive)
+        bench.runner.free()
+        await until(lambda: bench.engine.alive)
+
+
+def test_a_closed_event_loop_does_not_kill_the_thread() -> None:
+    async def start() -> Bench:
+        bench = Bench()
+        bench.engine.start()
+        bench.runner.hold()
+        await bench.engine.submit("a", make_record(4, seed=1))
+        await until(bench.runner.waiting.is_set)
+        return bench
+
+    bench = asyncio.run(start())
+    bench.runner.free()
+    bench.engine._commands.put(None)
+    bench.engine._thread.join(10)
+    assert not bench.engine._thread.is_alive()
+    assert bench.scheduler.load().sending_requests == 1, "the step was finished, though nobody heard of it"
