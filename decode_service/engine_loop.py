@@ -105,13 +105,16 @@ class EngineLoop:
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
 
-    async def call(self, run: Callable[[Scheduler], _T]) -> _T:
-        """Run `run` on the engine thread between two steps and wait for its result, or its error."""
+    def call(self, run: Callable[[Scheduler], _T]) -> asyncio.Future[_T]:
+        """Run `run` on the engine thread between two steps; the future gets its result or its error.
+
+        The command is in the queue when this returns: a coroutine could be overtaken by the end of its call.
+        """
         if self._stopped:
             raise UnavailableError("the engine has stopped")
         future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
         self._commands.put(Command(run, future))
-        return await future
+        return future
 
     def post(self, run: Callable[[Scheduler], Any]) -> None:
         """The same without waiting. From any thread."""

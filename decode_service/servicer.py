@@ -113,9 +113,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         return record
 
     async def _admit(self, call: _Call, context: Context, *, local: bool) -> decode_pb2.DecodeResponse:
-        answer = asyncio.ensure_future(
-            self._worker.engine.call(lambda scheduler: scheduler.admit(call.key, call.record, local=local))
-        )
+        answer = self._worker.engine.call(lambda scheduler: scheduler.admit(call.key, call.record, local=local))
         try:
             # The engine answers after the step that runs; until then nobody may take the silence for its end.
             while not (await asyncio.wait({answer}, timeout=HEARTBEAT_SECONDS))[0]:

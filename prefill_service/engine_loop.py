@@ -107,13 +107,16 @@ class EngineLoop:
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
 
-    async def submit(self, key: str, record: Record) -> Admission:
-        """See `Scheduler.submit`. However it ends, also when this raises or is cancelled, `release` the key."""
+    def submit(self, key: str, record: Record) -> asyncio.Future[Admission]:
+        """See `Scheduler.submit`, whose result or error the future gets. However it ends, `release` the key after.
+
+        The command is in the queue when this returns: a coroutine could be overtaken by the `release` of its call.
+        """
         if self._stopped:
             raise UnavailableError("the engine has stopped")
         future: asyncio.Future[Admission] = asyncio.get_running_loop().create_future()
         self._commands.put(_Submit(key, record, future))
-        return await future
+        return future
 
     def release(self, key: str) -> None:
         """The request is over: nothing more is computed for it, its blocks are freed. From any thread, idempotent."""

@@ -85,7 +85,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
 
     async def _submit(self, job: Job, context: Context) -> Admission:
         """The engine answers after the step that runs; until then nobody may take the silence for its end."""
-        answer = asyncio.ensure_future(self._worker.engine.submit(job.key, job.record))
+        answer = self._worker.engine.submit(job.key, job.record)
         try:
             while not (await asyncio.wait({answer}, timeout=PROGRESS_SECONDS))[0]:
                 if self._worker.engine.alive:

@@ -114,7 +114,7 @@ async def test_a_stopped_engine_refuses() -> None:
     async with running() as bench:
         bench.driver.runner.fail_next = True
         bench.engine._commands.put(None)
-        late = asyncio.create_task(bench.engine.call(len))
+        late = bench.engine.call(len)
         await bench.engine.stop()
         await bench.engine.stop()
         late.cancel()
@@ -124,8 +124,7 @@ async def test_a_stopped_engine_refuses() -> None:
 
 async def test_commands_before_the_stop_are_answered() -> None:
     bench = Bench()
-    call = asyncio.create_task(bench.engine.call(len))
-    await asyncio.sleep(0)
+    call = bench.engine.call(len)
     bench.engine.post(lambda scheduler: scheduler.admit("a", make_record(6), local=True))
     bench.engine.cancel("a")
     bench.engine._commands.put(None)

@@ -62,6 +62,14 @@ async def test_submit_computes_and_release_frees() -> None:
         bench.scheduler.check_integrity()
 
 
+async def test_a_release_in_the_same_turn_comes_after_its_submit() -> None:
+    async with running() as bench:
+        answer = bench.engine.submit("a", make_record(20, seed=1))
+        bench.engine.release("a")
+        await answer
+        await until(lambda: len(bench.scheduler) == 0 and bench.engine.load.free_blocks == 64)
+
+
 async def test_one_call_to_the_event_loop_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(chunk=4) as bench:
         loop = asyncio.get_running_loop()
@@ -76,10 +84,10 @@ async def test_one_call_to_the_event_loop_per_step(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(bench.engine, "_deliver", counting)
         bench.runner.hold()
         keys = [f"k{i}" for i in range(3)]
-        first = asyncio.ensure_future(bench.engine.submit("first", make_record(4, seed=9)))
+        first = bench.engine.submit("first", make_record(4, seed=9))
         await until(bench.runner.waiting.is_set)
         await first
-        others = [asyncio.ensure_future(bench.engine.submit(key, make_record(8, seed=i))) for i, key in enumerate(keys)]
+        others = [bench.engine.submit(key, make_record(8, seed=i)) for i, key in enumerate(keys)]
         await until(lambda: bench.engine._commands.qsize() == 3)
         calls = 0
         bench.runner.free()
@@ -95,7 +103,7 @@ async def test_a_poison_step_fails_those_aboard_only() -> None:
         bench.runner.hold()
         await bench.engine.submit("poison", make_record(4, seed=1))
         await until(bench.runner.waiting.is_set)
-        other = asyncio.ensure_future(bench.engine.submit("other", make_record(4, seed=2)))
+        other = bench.engine.submit("other", make_record(4, seed=2))
         bench.runner.fail_steps = 1
         bench.runner.free()
         await other
@@ -157,7 +165,7 @@ async def test_a_submission_nobody_waits_for_any_more() -> None:
         bench.runner.hold()
         await bench.engine.submit("a", make_record(4, seed=1))
         await until(bench.runner.waiting.is_set)
-        submission = asyncio.ensure_future(bench.engine.submit("b", make_record(4, seed=2)))
+        submission = bench.engine.submit("b", make_record(4, seed=2))
         await until(lambda: bench.engine._commands.qsize() == 1)
         submission.cancel()
         bench.engine.release("b")
@@ -189,7 +197,7 @@ async def test_commands_before_the_stop_are_answered() -> None:
         bench.runner.hold()
         await bench.engine.submit("a", make_record(4, seed=1))
         await until(bench.runner.waiting.is_set)
-        waiting = asyncio.ensure_future(bench.engine.submit("b", make_record(4, seed=2)))
+        waiting = bench.engine.submit("b", make_record(4, seed=2))
         await until(lambda: bench.engine._commands.qsize() == 1)
         stopping = asyncio.ensure_future(bench.engine.stop())
         await until(lambda: bench.engine._commands.qsize() == 2)
