@@ -15,12 +15,12 @@ from typing import Final, Literal
 
 from tandem.errors import ConfigError
 
-Compute = Literal["exact", "bf16"]
+Compute = Literal["exact", "bf16", "int8"]
 Dtype = Literal["float32", "bfloat16"]
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 ROPE_KINDS: Final = ("default", "linear", "llama3", "yarn")
-COMPUTES: Final = ("auto", "exact", "bf16")
+COMPUTES: Final = ("auto", "exact", "bf16", "int8")
 DTYPES: Final = ("auto", "float32", "bfloat16")
 DTYPE_ALIASES: Final = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16"}
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
@@ -113,9 +113,10 @@ class EngineConfig:
     """Path of a GGUF file or a Hugging Face folder."""
     device: Literal["cpu"] = "cpu"
     compute: Compute = "exact"
-    """"exact": float32 products in a fixed order, a row's bits depend on nothing else. "bf16": faster, not exact."""
+    """"exact": float32 products in a fixed order, a row's bits depend on nothing else. "int8": int8 activations and the
+    weights' own 4 or 8 bits, the fastest; a row's bits depend on nothing else either. "bf16": not row-invariant."""
     dtype: Dtype = "float32"
-    """What the weights of the big products are held in. Activations are float32 always."""
+    """What the weights of the big products are held in; means nothing with compute int8. Activations are float32."""
     kv_dtype: Dtype = "float32"
     block_size: int = 16
     num_blocks: int = DEFAULT_NUM_BLOCKS
@@ -165,7 +166,7 @@ def resolve_engine_config(settings: Settings, model_config: ModelConfig | None =
         model=str(os.fspath(model)),
         compute=compute,
         dtype=dtype,
-        kv_dtype=_resolve_dtype(settings, "kv_dtype", "bfloat16" if compute == "bf16" else "float32"),
+        kv_dtype=_resolve_dtype(settings, "kv_dtype", "float32" if compute == "exact" else "bfloat16"),
         block_size=_integer(settings, "block_size", 16, *BLOCK_SIZES),
         num_blocks=DEFAULT_NUM_BLOCKS,
         max_step_tokens=_integer(settings, "max_step_tokens", 512, 1, 1 << 16),
@@ -179,7 +180,12 @@ def resolve_engine_config(settings: Settings, model_config: ModelConfig | None =
 
 def _resolve_compute(settings: Settings) -> Compute:
     """auto is exact: bf16 products are a choice that costs quality, so somebody must make it."""
-    return "bf16" if _choice(settings, "compute", COMPUTES) == "bf16" else "exact"
+    chosen = _choice(settings, "compute", COMPUTES)
+    if chosen == "int8" and _choice(settings, "dtype", DTYPES, DTYPE_ALIASES) != "auto":
+        raise ConfigError("dtype: compute int8 holds weights in 4 or 8 bits; leave dtype auto")
+    if chosen == "int8":
+        return "int8"
+    return "bf16" if chosen == "bf16" else "exact"
 
 
 def _resolve_dtype(settings: Settings, key: str, automatic: Dtype) -> Dtype:

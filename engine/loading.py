@@ -10,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig
 from engine.kv_cache import KVCache, kv_bytes
+from engine.models.int8_loader import load_int8_model
 from engine.models.loader import load_model
 from engine.models.numerics import numerics_id
 from engine.models.transformer import Progress
@@ -57,7 +58,8 @@ def load_engine(
         logger.warning(NOT_INVARIANT_WARNING, implementation.name)
     checkpoint = open_checkpoint(engine_config.model)
     try:
-        model = load_model(checkpoint, engine_config, progress)
+        load = load_int8_model if engine_config.compute == "int8" else load_model
+        model = load(checkpoint, engine_config, progress)
         identity = checkpoint_id(checkpoint)
         model_config = checkpoint.config
     finally:

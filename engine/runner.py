@@ -11,6 +11,7 @@ import torch
 from engine.batch import Batch, SampleSpec, Slice, StepOutput
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache
+from engine.models.fused import FusedModel
 from engine.models.meta import ForwardMeta
 from engine.models.transformer import Model
 from engine.sampler import sample
@@ -22,7 +23,7 @@ from tandem.record import SamplingParams
 class Runner:
     """A `StepRunner` on the CPU. Called from one thread."""
 
-    def __init__(self, model: Model, kv_cache: KVCache, engine_config: EngineConfig) -> None:
+    def __init__(self, model: Model | FusedModel, kv_cache: KVCache, engine_config: EngineConfig) -> None:
         """All three belong together: see `engine.loading.load_engine`."""
         self._model = model
         self._kv = kv_cache
@@ -38,9 +39,7 @@ class Runner:
             return StepOutput([])
         with torch.inference_mode():
             token_ids, meta = build_meta(batch.slices, self._block_size)
-            hidden = self._model.forward(token_ids, meta, self._kv)
-            rows = last_rows(batch.slices, meta)
-            logits = self._model.logits(hidden[rows]) if rows else hidden.new_empty(0, self._model.config.vocab_size)
+            logits = self._model.step(token_ids, meta, self._kv, last_rows(batch.slices, meta))
         return sample(batch, logits)
 
     def _bind_thread(self) -> None:
@@ -88,7 +87,7 @@ def build_meta(slices: Sequence[Slice], block_size: int) -> tuple[torch.Tensor, 
     return torch.from_numpy(ids), meta
 
 
-def last_rows(slices: Sequence[Slice], meta: ForwardMeta) -> list[int]:
-    """The rows whose logits are sampled: the last of each slice that has samples."""
-    ends = meta.query_starts.tolist()[1:]
-    return [end - 1 for end, part in zip(ends, slices, strict=True) if part.samples]
+def last_rows(slices: Sequence[Slice], meta: ForwardMeta) -> torch.Tensor:
+    """The rows whose logits are sampled, int64 [R]: the last of each slice that has samples."""
+    sampled = [number for number, part in enumerate(slices) if part.samples]
+    return meta.query_starts[1:][sampled].long() - 1

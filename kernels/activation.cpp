@@ -1,12 +1,10 @@
 // silu(gate) * up; see kernels/activation.py. Element by element with the shared exp; tails are padded vectors.
 
-#include "common.h"
+#include "activation.h"
 
 using namespace tandem;
 
 namespace {
-
-inline vf silu_mul(vf gate, vf up) { return gate / (splat(1.0f) + tandem::exp(-gate)) * up; }
 
 constexpr int64_t PARALLEL_ELEMENTS = 8192;
 

@@ -140,7 +140,7 @@ def paged_attention_reference(
     scale: float,
     sliding_window: int | None = None,
 ) -> torch.Tensor:
-    """Do what `paged_attention` does, by torch: gathers each sequence's keys and values."""
+    """Do what `paged_attention` does, by torch: gathers each sequence's keys and values. Computes in the dtype of q."""
     out = torch.empty_like(q)
     starts = query_starts.tolist()
     block_size = kv_layer.shape[3]
@@ -152,7 +152,7 @@ def paged_attention_reference(
         oldest = max(0, int(query_positions[0]) - sliding_window + 1) if sliding_window else 0
         positions = torch.arange(oldest, context)
         blocks, offsets = block_tables[s][positions // block_size].long(), positions % block_size
-        keys, values = kv_layer[blocks, :, :, offsets].to(torch.float32).unbind(1)  # [positions, Hkv, D] each
+        keys, values = kv_layer[blocks, :, :, offsets].to(q.dtype).unbind(1)  # [positions, Hkv, D] each
         hidden = positions[None] > query_positions[:, None]
         if sliding_window:
             hidden |= positions[None] <= query_positions[:, None] - sliding_window

@@ -33,10 +33,12 @@ SOURCES = (
     "attention.cpp",
     "blocks.cpp",
     "embedding.cpp",
+    "int8.cpp",
     "linear.cpp",
     "norm.cpp",
     "rope.cpp",
     "sampling.cpp",
+    "step.cpp",
 )
 # Part of the numerics id: raise it when a C++ kernel's bits change.
 CPP_NUMERICS_VERSION = 1

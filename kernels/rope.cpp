@@ -1,61 +1,10 @@
-// Rotary embedding of q and k, and the write of k and v into the paged cache; see kernels/rope.py.
-//
-// Every element is two products and one sum, each rounded (no fma), as torch computes it: loops over elements may be vectorised freely.
+// The entry to rotary embedding and the write to the cache; see kernels/rope.py and rope.h.
 
-#include "common.h"
+#include "rope.h"
 
 using namespace tandem;
 
 namespace {
-
-struct Job {
-    const float* qkv;
-    const int64_t *positions, *slots;
-    const float *cos, *sin;
-    float* q;
-    int64_t heads, kv_heads, dim, half;
-    bool interleaved;
-};
-
-// out = x rotated in its first 2 * half elements (pairs (i, i + half), or (2i, 2i + 1) when interleaved), the rest copied.
-inline void rotate(const Job& job, const float* x, const float* cos, const float* sin, float* __restrict out) {
-    const int64_t half = job.half;
-    if (job.interleaved) {
-        for (int64_t i = 0; i < half; ++i) {
-            out[2 * i] = x[2 * i] * cos[i] - x[2 * i + 1] * sin[i];
-            out[2 * i + 1] = x[2 * i + 1] * cos[i] + x[2 * i] * sin[i];
-        }
-    } else {
-#pragma omp simd
-        for (int64_t i = 0; i < half; ++i) {
-            out[i] = x[i] * cos[i] - x[i + half] * sin[i];
-            out[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
-        }
-    }
-    for (int64_t i = 2 * half; i < job.dim; ++i) out[i] = x[i];
-}
-
-inline void write(float* target, const float* source, int64_t count) { std::memcpy(target, source, (size_t)count * 4); }
-
-inline void write(uint16_t* target, const float* source, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) target[i] = float_to_bf16(source[i]);
-}
-
-template <class T>
-void token(const Job& job, T* cache, int64_t block_stride, int64_t block_size, int64_t t) {
-    const float* row = job.qkv + t * (job.heads + 2 * job.kv_heads) * job.dim;
-    const float *cos = job.cos + job.positions[t] * job.half, *sin = job.sin + job.positions[t] * job.half;
-    for (int64_t h = 0; h < job.heads; ++h) rotate(job, row + h * job.dim, cos, sin, job.q + (t * job.heads + h) * job.dim);
-    const float* keys = row + job.heads * job.dim;
-    const float* values = keys + job.kv_heads * job.dim;
-    T* block = cache + job.slots[t] / block_size * block_stride + job.slots[t] % block_size * job.dim;
-    alignas(64) float rotated[256];
-    for (int64_t h = 0; h < job.kv_heads; ++h) {
-        rotate(job, keys + h * job.dim, cos, sin, rotated);
-        write(block + h * block_size * job.dim, rotated, job.dim);
-        write(block + (job.kv_heads + h) * block_size * job.dim, values + h * job.dim, job.dim);
-    }
-}
 
 constexpr int64_t PARALLEL_ELEMENTS = 16384;
 
@@ -70,14 +19,14 @@ int64_t tandem_rope_and_store(const float* qkv, const int64_t* positions, const 
                               int32_t interleaved, int32_t threads) {
     for (int64_t t = 0; t < tokens; ++t)
         if (positions[t] < 0 || positions[t] >= max_positions || slots[t] < 0 || slots[t] >= num_blocks * block_size) return t;
-    const Job job{qkv, positions, slots, cos, sin, q, heads, kv_heads, dim, half, interleaved != 0};
+    const RopeJob job{qkv, positions, slots, cos, sin, q, heads, kv_heads, dim, half, interleaved != 0};
     const int64_t elements = tokens * (heads + 2 * kv_heads) * dim;
     parallel_static(elements < PARALLEL_ELEMENTS ? 1 : threads, tokens, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             if (is_bf16)
-                token(job, (uint16_t*)cache, block_stride, block_size, t);
+                rope_token(job, (uint16_t*)cache, block_stride, block_size, t);
             else
-                token(job, (float*)cache, block_stride, block_size, t);
+                rope_token(job, (float*)cache, block_stride, block_size, t);
         }
     });
     return -1;

@@ -7,12 +7,8 @@ dtype float32: the kernels expand them exactly, so the result has the same bits 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,16 +16,10 @@ from torch import Tensor
 from engine.config import EngineConfig, ModelConfig
 from engine.models.embedding import TableEmbedding, TiedEmbedding
 from engine.models.rope import rope_tables
+from engine.models.tensors import EMBEDDING, HEAD, TensorSource, one_thread_each, trim_heap
 from engine.models.transformer import Embedding, Layer, Linear, Model, Progress
 from engine.weights.checkpoint import Checkpoint
 from kernels.linear import PackedLinear, pack_linear
-from tandem.errors import ModelFormatError
-
-_UNUSED: Final = re.compile(r".*rotary_emb\.inv_freq")
-"""Tensors that old checkpoints hold and nobody needs."""
-EMBEDDING: Final = "model.embed_tokens.weight"
-HEAD: Final = "lm_head.weight"
-MAX_LOADERS: Final = 8
 
 
 def load_model(checkpoint: Checkpoint, engine_config: EngineConfig, progress: Progress | None = None) -> Model:
@@ -40,49 +30,28 @@ def load_model(checkpoint: Checkpoint, engine_config: EngineConfig, progress: Pr
     return _Loader(checkpoint, engine_config).load(progress)
 
 
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """How many threads may load at once; inside, each packs alone.
-
-    Layers side by side beat threads within each: most tensors are small, and waiting OpenMP threads spin.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield min(threads, MAX_LOADERS)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _trim_heap() -> None:
-    """Give back what the loading threads' heaps keep (130 of 670 MB for SmolLM2-135M); glibc only."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 class _Loader:
     """Life cycle: built, `load` once, thrown away."""
 
     def __init__(self, checkpoint: Checkpoint, engine_config: EngineConfig) -> None:
-        self._checkpoint = checkpoint
+        self._source = TensorSource(checkpoint, engine_config.model)
         self._engine = engine_config
         self._config: ModelConfig = checkpoint.config
-        self._used: set[str] = set()
 
     def load(self, progress: Progress | None) -> Model:
         """The whole model."""
         config = self._config
         layers: list[Layer] = []
-        with _one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
+        with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
             largest = pool.submit(self._embedding_and_head)
             for layer in pool.map(self._layer, range(config.num_layers)):
                 layers.append(layer)
                 if progress is not None:
                     progress(len(layers), config.num_layers)
             embedding, head = largest.result()
-        _trim_heap()
-        final_norm = self._vector("model.norm.weight", config.hidden_size)
-        self._refuse_unused()
+        trim_heap()
+        final_norm = self._source.vector("model.norm.weight", config.hidden_size)
+        self._source.refuse_unused()
         cos, sin = rope_tables(config.rope, self._engine.context_limit(config))
         return Model(config, embedding, tuple(layers), final_norm, head, cos, sin)
 
@@ -92,12 +61,12 @@ class _Loader:
         query, key = config.num_heads * dim, config.num_kv_heads * dim
         attention, bias = f"{at}.self_attn", config.attention_bias
         return Layer(
-            input_norm=self._vector(f"{at}.input_layernorm.weight", width),
+            input_norm=self._source.vector(f"{at}.input_layernorm.weight", width),
             qkv=self._linear(attention, {"q_proj": query, "k_proj": key, "v_proj": key}, width, bias),
-            query_norm=self._vector(f"{attention}.q_norm.weight", dim) if config.qk_norm else None,
-            key_norm=self._vector(f"{attention}.k_norm.weight", dim) if config.qk_norm else None,
+            query_norm=self._source.vector(f"{attention}.q_norm.weight", dim) if config.qk_norm else None,
+            key_norm=self._source.vector(f"{attention}.k_norm.weight", dim) if config.qk_norm else None,
             output=self._linear(attention, {"o_proj": width}, query, config.attention_output_bias),
-            post_norm=self._vector(f"{at}.post_attention_layernorm.weight", width),
+            post_norm=self._source.vector(f"{at}.post_attention_layernorm.weight", width),
             gate_up=self._linear(f"{at}.mlp", {"gate_proj": inner, "up_proj": inner}, width, config.mlp_bias),
             down=self._linear(f"{at}.mlp", {"down_proj": width}, inner, config.mlp_bias),
             window=config.layer_window(index),
@@ -108,10 +77,10 @@ class _Loader:
         tied = self._config.tie_embeddings
         head = Linear(self._pack([EMBEDDING if tied else HEAD], [shape]))
         if tied:
-            self._used.add(HEAD)
+            self._source.use(HEAD)
             return TiedEmbedding(head.packed), head
-        table = self._cast(self._take(EMBEDDING, shape)).clone()
-        self._checkpoint.release(EMBEDDING)
+        table = self._cast(self._source.take(EMBEDDING, shape)).clone()
+        self._source.release(EMBEDDING)
         return TableEmbedding(table), head
 
     def _linear(self, at: str, outputs: dict[str, int], inputs: int, with_bias: bool) -> Linear:
@@ -119,38 +88,17 @@ class _Loader:
         packed = self._pack([f"{at}.{part}.weight" for part in outputs], [(n, inputs) for n in outputs.values()])
         if not with_bias:
             return Linear(packed)
-        return Linear(packed, torch.cat([self._vector(f"{at}.{part}.bias", n) for part, n in outputs.items()]))
+        return Linear(packed, torch.cat([self._source.vector(f"{at}.{part}.bias", n) for part, n in outputs.items()]))
 
     def _pack(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> PackedLinear:
-        parts = [self._cast(self._take(name, shape)) for name, shape in zip(names, shapes, strict=True)]
+        parts = [self._cast(self._source.take(name, shape)) for name, shape in zip(names, shapes, strict=True)]
         if len({part.dtype for part in parts}) > 1:
             parts = [part.float() for part in parts]
         packed = pack_linear(parts, self._engine.compute)
         for name in names:
-            self._checkpoint.release(name)
+            self._source.release(name)
         return packed
-
-    def _vector(self, name: str, length: int) -> Tensor:
-        """A norm or bias, as its own float32 memory."""
-        vector = self._take(name, (length,)).to(torch.float32, copy=True)
-        self._checkpoint.release(name)
-        return vector
 
     def _cast(self, tensor: Tensor) -> Tensor:
         """float32 is the wish to keep what the file holds; bfloat16 rounds."""
         return tensor.to(torch.bfloat16) if self._engine.dtype == "bfloat16" else tensor
-
-    def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        found = self._checkpoint.shape(name)
-        if found != shape:
-            raise ModelFormatError(f"{self._engine.model}: tensor {name} has shape {found}; expected {shape}")
-        self._used.add(name)
-        return self._checkpoint.tensor(name)
-
-    def _refuse_unused(self) -> None:
-        """A tensor that nothing reads means another network under a known name: its answers would be nonsense."""
-        unused = [n for n in self._checkpoint.names() if n not in self._used and not _UNUSED.fullmatch(n)]
-        if unused:
-            more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
-            architecture = self._config.architecture
-            raise ModelFormatError(f"{self._engine.model}: {architecture} has no use for tensor {unused[0]}{more}")

@@ -99,6 +99,10 @@ class Model:
         tables = self.cos.nbytes + self.sin.nbytes + self.final_norm.nbytes
         return self.embedding.nbytes + self.head.nbytes + tables + sum(layer.nbytes for layer in self.layers)
 
+    def step(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers, rows: Tensor) -> Tensor:
+        """`forward`, then the logits float32 [R, V] of `rows` int64 [R]."""
+        return self.logits(self.forward(token_ids, meta, kv_cache)[rows])
+
     def forward(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers) -> Tensor:
         """One step over T rows: writes their K and V to the cache and returns hidden states float32 [T, W].
 

@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from torch import Tensor
 
 from engine.config import ModelConfig
+from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
 MAX_HEAD_DIM: Final = 256
@@ -52,6 +53,9 @@ class Checkpoint(Protocol):
 
         Raises ModelFormatError when it is missing or of a type that is not supported.
         """
+
+    def codes(self, name: str) -> GroupWeights | None:
+        """The matrix as codes in groups, without loss; None when its type has none that `kernels.int8` takes."""
 
     def release(self, name: str) -> None:
         """Give back the memory of the tensor's source pages; it may still be read again."""

@@ -22,9 +22,11 @@ from engine.config import ModelConfig
 from engine.models.registry import Architecture, gguf_architecture
 from engine.weights.checkpoint import StoredTensor, check_config
 from engine.weights.fields import Fields
+from engine.weights.gguf_codes import group_weights
 from engine.weights.gguf_config import gguf_model_config
 from engine.weights.gguf_header import Header, TensorEntry, read_header
 from engine.weights.mapping import MappedFile
+from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
 _Q = GGMLQuantizationType
@@ -98,12 +100,26 @@ class GgufCheckpoint:
             plain = self._file.tensor(entry.start, entry.shape, _PLAIN[entry.type])
             plain = self._unpermuted(name, plain)
             return plain.float() if entry.type is _Q.F16 else plain
+        tensor = _dequantize(self._packed(name, entry), entry)
+        self._file.drop(entry.start, entry.length)
+        return tensor
+
+    def codes(self, name: str) -> GroupWeights | None:
+        """The matrix's codes, as new memory; None for types that `gguf_codes` doesn't know."""
+        entry = self._entry(name)
+        if entry.type in _PLAIN or len(entry.shape) != 2:
+            return None
+        weights = group_weights(self._packed(name, entry), entry.type)
+        if weights is not None:
+            self._file.drop(entry.start, entry.length)
+        return weights
+
+    def _packed(self, name: str, entry: TensorEntry) -> Tensor:
+        """The stored blocks: uint8 [rows, row bytes]."""
         block, block_bytes = GGML_QUANT_SIZES[entry.type]
         row_bytes = entry.shape[-1] // block * block_bytes
         packed = self._file.tensor(entry.start, (math.prod(entry.shape[:-1]), row_bytes), torch.uint8)
-        tensor = _dequantize(self._unpermuted(name, packed), entry)
-        self._file.drop(entry.start, entry.length)
-        return tensor
+        return self._unpermuted(name, packed)
 
     def release(self, name: str) -> None:
         """Give the tensor's source pages back."""

@@ -22,6 +22,7 @@ from engine.config import ModelConfig
 from engine.weights.checkpoint import PICKLE_REFUSED, StoredTensor, check_config
 from engine.weights.hf_config import hf_model_config, read_json
 from engine.weights.mapping import MappedFile
+from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -88,6 +89,10 @@ class SafetensorsCheckpoint:
             raise ModelFormatError(f"{entry.file.path}: tensor {name} has type {entry.dtype}; supported: {known}")
         tensor = entry.file.tensor(entry.start, entry.shape, DTYPES[entry.dtype])
         return tensor.float() if entry.dtype == "F16" else tensor
+
+    def codes(self, name: str) -> GroupWeights | None:
+        """None: safetensors of this kind hold plain numbers."""
+        return None
 
     def release(self, name: str) -> None:
         """Give the tensor's source pages back."""

@@ -65,8 +65,10 @@ def attend(
     counts = [end - begin for begin, end in spans]
     starts = torch.tensor([0, *counts]).cumsum(0).int()
     contexts = torch.tensor([end for _, end in spans]).int()
+    if function is paged_attention_reference:
+        q = q.double()  # the reference must not have rounding errors of its own, which differ from CPU to CPU
     out = function(q, kv_layer, tables, starts, contexts, q.shape[2] ** -0.5, window)
-    return list(out.split(counts))
+    return list(out.float().split(counts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -92,7 +94,8 @@ def test_matches_torch(
     generator.set_state(state)
     expected = attend(sequences, spans, block_size, dtype, window, generator, paged_attention_reference)
     for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+        # A score's rounding error grows with the length of its sum.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6 * max(1, dim / 64))
 
 
 def test_empty_batches(implementation: str) -> None:

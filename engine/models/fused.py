@@ -1,0 +1,56 @@
+"""The transformer of `engine.models.transformer` as one fused call a step, with int8 products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.models.meta import ForwardMeta
+from kernels.step import Step, StepShape
+
+
+class KvTensor(Protocol):
+    """The paged cache, as far as the fused step reads it."""
+
+    tensor: Tensor
+    """[blocks, layers, 2, Hkv, block_size, D], float32 or bfloat16."""
+
+
+def step_shape(config: ModelConfig) -> StepShape:
+    """What the fused step must know of a model."""
+    return StepShape(
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocabulary=config.vocab_size,
+        eps=config.rms_eps,
+        interleaved_rope=config.rope.interleaved,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedModel:
+    """A loaded model; immutable, holds no state of any sequence."""
+
+    config: ModelConfig
+    kernel: Step
+    nbytes: int
+    """Bytes of all weights; tied ones count once."""
+
+    def step(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvTensor, rows: Tensor) -> Tensor:
+        """See `engine.models.transformer.Model.step`."""
+        return self.kernel.run(
+            token_ids,
+            meta.positions,
+            meta.slots,
+            meta.block_tables,
+            meta.query_starts,
+            meta.context_lens,
+            kv_cache.tensor,
+            rows,
+        )

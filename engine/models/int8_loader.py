@@ -1,0 +1,128 @@
+"""From an open checkpoint to a `FusedModel`: codes are taken as the file holds them, all else is quantised to 8 bits.
+
+Which products take 15 bits of their input: down in the first three layers and the last. Massive activations (Sun et
+al., "Massive Activations in Large Language Models", 2024) are made and taken back there, and cost int8 most of what it
+loses: see docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig, ModelConfig
+from engine.models.fused import FusedModel, step_shape
+from engine.models.rope import rope_tables
+from engine.models.tensors import EMBEDDING, HEAD, TensorSource, one_thread_each, trim_heap
+from engine.models.transformer import Progress
+from engine.weights.checkpoint import Checkpoint
+from kernels.int8 import GroupWeights, pack_int8, quantize_weight
+from kernels.step import Step, StepLayer, StepLinear, gate_up_order
+
+FINE_FIRST: Final = 3
+FINE_LAST: Final = 1
+
+
+def load_int8_model(
+    checkpoint: Checkpoint, engine_config: EngineConfig, progress: Progress | None = None
+) -> FusedModel:
+    """Load all weights. The checkpoint may be closed afterwards: nothing of the model lives in its map.
+
+    Raises ModelFormatError: a tensor is missing, has a wrong shape or type, or is one the architecture does not use.
+    """
+    return _Int8Loader(checkpoint, engine_config).load(progress)
+
+
+def has_fine_down(index: int, num_layers: int) -> bool:
+    """True for the layers whose down product takes 15 bits of its input."""
+    return index < FINE_FIRST or index >= num_layers - FINE_LAST
+
+
+class _Int8Loader:
+    """Life cycle: built, `load` once, thrown away."""
+
+    def __init__(self, checkpoint: Checkpoint, engine_config: EngineConfig) -> None:
+        self._source = TensorSource(checkpoint, engine_config.model)
+        self._engine = engine_config
+        self._config: ModelConfig = checkpoint.config
+
+    def load(self, progress: Progress | None) -> FusedModel:
+        """The whole model."""
+        config = self._config
+        layers: list[StepLayer] = []
+        with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
+            largest = pool.submit(self._head_and_table)
+            for layer in pool.map(self._layer, range(config.num_layers)):
+                layers.append(layer)
+                if progress is not None:
+                    progress(len(layers), config.num_layers)
+            head, table = largest.result()
+        trim_heap()
+        final_norm = self._source.vector("model.norm.weight", config.hidden_size)
+        self._source.refuse_unused()
+        cos, sin = rope_tables(config.rope, self._engine.context_limit(config))
+        tensors = [t for t in (final_norm, table, cos, sin) if t is not None]
+        nbytes = head.nbytes + sum(t.nbytes for t in tensors) + sum(_layer_bytes(layer) for layer in layers)
+        return FusedModel(config, Step(step_shape(config), layers, final_norm, head, table, cos, sin), nbytes)
+
+    def _layer(self, index: int) -> StepLayer:
+        config, at = self._config, f"model.layers.{index}"
+        width, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        query, key = config.num_heads * dim, config.num_kv_heads * dim
+        attention, bias, vector = f"{at}.self_attn", config.attention_bias, self._source.vector
+        gates = {"gate_proj": inner, "up_proj": inner}
+        return StepLayer(
+            input_norm=vector(f"{at}.input_layernorm.weight", width),
+            qkv=self._linear(attention, {"q_proj": query, "k_proj": key, "v_proj": key}, width, bias),
+            query_norm=vector(f"{attention}.q_norm.weight", dim) if config.qk_norm else None,
+            key_norm=vector(f"{attention}.k_norm.weight", dim) if config.qk_norm else None,
+            output=self._linear(attention, {"o_proj": width}, query, config.attention_output_bias),
+            post_norm=vector(f"{at}.post_attention_layernorm.weight", width),
+            gate_up=self._linear(f"{at}.mlp", gates, width, config.mlp_bias, gate_up_order(inner)),
+            down=self._linear(f"{at}.mlp", {"down_proj": width}, inner, config.mlp_bias),
+            window=config.layer_window(index),
+            fine_down=has_fine_down(index, config.num_layers),
+        )
+
+    def _head_and_table(self) -> tuple[StepLinear, Tensor | None]:
+        shape = (self._config.vocab_size, self._config.hidden_size)
+        tied = self._config.tie_embeddings
+        head = StepLinear(pack_int8([self._codes(EMBEDDING if tied else HEAD, shape)]))
+        if tied:
+            self._source.use(HEAD)
+            return head, None
+        table = self._source.take(EMBEDDING, shape).clone()
+        self._source.release(EMBEDDING)
+        return head, table
+
+    def _linear(
+        self, at: str, outputs: Mapping[str, int], inputs: int, with_bias: bool, order: Tensor | None = None
+    ) -> StepLinear:
+        """The product of all `outputs` (part -> rows) fused, with their biases fused likewise, columns in `order`."""
+        parts = [self._codes(f"{at}.{part}.weight", (n, inputs)) for part, n in outputs.items()]
+        if len({part.bits for part in parts}) > 1:
+            parts = [part if part.bits == 8 else quantize_weight(part.dequantized()) for part in parts]
+        packed = pack_int8(parts, order)
+        if not with_bias:
+            return StepLinear(packed)
+        bias = torch.cat([self._source.vector(f"{at}.{part}.bias", n) for part, n in outputs.items()])
+        if order is not None:
+            bias = torch.empty_like(bias).index_copy_(0, order, bias)
+        return StepLinear(packed, bias)
+
+    def _codes(self, name: str, shape: tuple[int, int]) -> GroupWeights:
+        codes = self._source.codes(name, shape)
+        if codes is None:
+            codes = quantize_weight(self._source.take(name, shape))
+        self._source.release(name)
+        return codes
+
+
+def _layer_bytes(layer: StepLayer) -> int:
+    norms = (layer.input_norm, layer.post_norm, layer.query_norm, layer.key_norm)
+    linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    return sum(n.nbytes for n in norms if n is not None) + sum(w.nbytes for w in linears)

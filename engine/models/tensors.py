@@ -1,0 +1,90 @@
+"""What loaders of every kind share: reading tensors with their shapes checked, and keeping count of what was used."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from engine.weights.checkpoint import Checkpoint
+from kernels.int8 import GroupWeights
+from tandem.errors import ModelFormatError
+
+_UNUSED: Final = re.compile(r".*rotary_emb\.inv_freq")
+"""Tensors that old checkpoints hold and nobody needs."""
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
+MAX_LOADERS: Final = 8
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[int]:
+    """How many threads may load at once; inside, each packs alone.
+
+    Layers side by side beat threads within each: most tensors are small, and waiting OpenMP threads spin.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield min(threads, MAX_LOADERS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def trim_heap() -> None:
+    """Give back what the loading threads' heaps keep (130 of 670 MB for SmolLM2-135M); glibc only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class TensorSource:
+    """Reads a checkpoint's tensors for one loader, whose threads may share it."""
+
+    def __init__(self, checkpoint: Checkpoint, path: str) -> None:
+        """`path` is for messages."""
+        self._checkpoint = checkpoint
+        self._path = path
+        self._used: set[str] = set()
+
+    def vector(self, name: str, length: int) -> Tensor:
+        """A norm or bias, as its own float32 memory."""
+        vector = self.take(name, (length,)).to(torch.float32, copy=True)
+        self._checkpoint.release(name)
+        return vector
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor as the checkpoint gives it. Raises ModelFormatError when it is missing or of another shape."""
+        self._check(name, shape)
+        return self._checkpoint.tensor(name)
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self._checkpoint.shape(name)
+        if found != shape:
+            raise ModelFormatError(f"{self._path}: tensor {name} has shape {found}; expected {shape}")
+        self._used.add(name)
+
+    def refuse_unused(self) -> None:
+        """A tensor that nothing reads means another network under a known name: its answers would be nonsense."""
+        unused = [n for n in self._checkpoint.names() if n not in self._used and not _UNUSED.fullmatch(n)]
+        if unused:
+            more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+            architecture = self._checkpoint.config.architecture
+            raise ModelFormatError(f"{self._path}: {architecture} has no use for tensor {unused[0]}{more}")
+
+    def codes(self, name: str, shape: tuple[int, int]) -> GroupWeights | None:
+        """The tensor's own codes, where the file holds such as `kernels.int8` takes; None: `take` it."""
+        self._check(name, shape)
+        return self._checkpoint.codes(name)
+
+    def use(self, name: str) -> None:
+        """Nobody reads this tensor, and that is fine."""
+        self._used.add(name)
+
+    def release(self, name: str) -> None:
+        """See `Checkpoint.release`."""
+        self._checkpoint.release(name)

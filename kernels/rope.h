@@ -1,0 +1,59 @@
+// Rotary embedding of q and k, and the write of k and v into the paged cache; see kernels/rope.py.
+//
+// Every element is two products and one sum, each rounded (no fma), as torch computes it: loops over elements may be vectorised freely.
+#pragma once
+
+#include "common.h"
+
+namespace tandem {
+
+struct RopeJob {
+    const float* qkv;
+    const int64_t *positions, *slots;
+    const float *cos, *sin;
+    float* q;
+    int64_t heads, kv_heads, dim, half;
+    bool interleaved;
+};
+
+// out = x rotated in its first 2 * half elements (pairs (i, i + half), or (2i, 2i + 1) when interleaved), the rest copied.
+inline void rotate(const RopeJob& job, const float* x, const float* cos, const float* sin, float* __restrict out) {
+    const int64_t half = job.half;
+    if (job.interleaved) {
+        for (int64_t i = 0; i < half; ++i) {
+            out[2 * i] = x[2 * i] * cos[i] - x[2 * i + 1] * sin[i];
+            out[2 * i + 1] = x[2 * i + 1] * cos[i] + x[2 * i] * sin[i];
+        }
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < half; ++i) {
+            out[i] = x[i] * cos[i] - x[i + half] * sin[i];
+            out[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
+        }
+    }
+    for (int64_t i = 2 * half; i < job.dim; ++i) out[i] = x[i];
+}
+
+inline void write_cached(float* target, const float* source, int64_t count) { std::memcpy(target, source, (size_t)count * 4); }
+
+inline void write_cached(uint16_t* target, const float* source, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) target[i] = float_to_bf16(source[i]);
+}
+
+template <class T>
+inline void rope_token(const RopeJob& job, T* cache, int64_t block_stride, int64_t block_size, int64_t t) {
+    const float* row = job.qkv + t * (job.heads + 2 * job.kv_heads) * job.dim;
+    const float *cos = job.cos + job.positions[t] * job.half, *sin = job.sin + job.positions[t] * job.half;
+    for (int64_t h = 0; h < job.heads; ++h) rotate(job, row + h * job.dim, cos, sin, job.q + (t * job.heads + h) * job.dim);
+    const float* keys = row + job.heads * job.dim;
+    const float* values = keys + job.kv_heads * job.dim;
+    T* block = cache + job.slots[t] / block_size * block_stride + job.slots[t] % block_size * job.dim;
+    alignas(64) float rotated[256];
+    for (int64_t h = 0; h < job.kv_heads; ++h) {
+        rotate(job, keys + h * job.dim, cos, sin, rotated);
+        write_cached(block + h * block_size * job.dim, rotated, job.dim);
+        write_cached(block + (job.kv_heads + h) * block_size * job.dim, values + h * job.dim, job.dim);
+    }
+}
+
+}  // namespace tandem

@@ -1,0 +1,40 @@
+// What one fused step of a model is made of, as kernels/step.py fills it. Plain data; every pointer is the caller's.
+#pragma once
+
+#include "attention.h"
+#include "int8.h"
+
+namespace tandem {
+
+struct LayerArgs {
+    const float *input_norm, *post_norm;  // [hidden]
+    const float *query_norm, *key_norm;   // [dim] or null
+    Matrix qkv, output, gate_up, down;    // gate_up: 16 gate columns, then the 16 up columns that belong to them, and so on
+    int64_t window;                       // 0: none
+    int64_t fine_down;                    // 1: down's input in 15 bits
+};
+
+struct ModelArgs {
+    const LayerArgs* layers;
+    int64_t num_layers, hidden, inner, heads, kv_heads, dim, half, max_positions, interleaved;
+    const float *final_norm, *cos, *sin;
+    Matrix head;
+    const void* table;   // [vocabulary][hidden] float32 or bf16; null: the head's columns are the embeddings
+    int64_t table_bf16, vocabulary;
+    double eps;
+};
+
+struct StepArgs {
+    const int64_t *token_ids, *positions, *slots;
+    const int32_t *tables, *query_starts, *context_lens;
+    int64_t tokens, sequences, table_stride;
+    void* cache;  // layer 0 of block 0
+    int64_t layer_stride, block_stride, num_blocks, block_size, is_bf16;  // strides in elements
+    const int64_t* rows;                                                  // whose logits are wanted
+    int64_t num_rows;
+    float* logits;  // [num_rows][vocabulary]
+    void* workspace;
+    int64_t threads;
+};
+
+}  // namespace tandem

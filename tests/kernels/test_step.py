@@ -1,0 +1,233 @@
+"""The fused step has the bits of the public operations called one by one, whatever the shape and the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from kernels.activation import silu_mul
+from kernels.attention import paged_attention
+from kernels.int8 import int8_linear, int8_rows, pack_int8, quantize_weight
+from kernels.norm import rms_norm, rms_norm_heads
+from kernels.rope import rope_and_store
+from kernels.step import Step, StepLayer, StepLinear, StepShape, gate_up_order
+from tandem.errors import InternalError
+
+SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+EPS = 1e-5
+BLOCK_SIZE, BLOCKS, POSITIONS = 4, 64, 128
+
+
+@dataclass
+class Tiny:
+    """A random model, and beside the fused step's weights gate and up as they were."""
+
+    shape: StepShape
+    layers: list[StepLayer]
+    gate_up: list[StepLinear]
+    norm: torch.Tensor
+    head: StepLinear
+    table: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def step(self) -> Step:
+        return Step(self.shape, self.layers, self.norm, self.head, self.table, self.cos, self.sin)
+
+
+def make(shape: StepShape, generator: torch.Generator, *, bias: bool, qk_norm: bool, window: int | None) -> Tiny:
+    def rand(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    def linear(n: int, k: int, order: torch.Tensor | None = None) -> tuple[StepLinear, StepLinear]:
+        weight, b = quantize_weight(rand(n, k) * k**-0.5), rand(n) if bias else None
+        moved = b if b is None or order is None else torch.empty(n).index_copy_(0, order, b)
+        return StepLinear(pack_int8([weight], order), moved), StepLinear(pack_int8([weight]), b)
+
+    layers, gates = [], []
+    width = shape.heads * shape.head_dim
+    for index in range(2):
+        gate_up, plain = linear(2 * shape.inner, shape.hidden, gate_up_order(shape.inner))
+        gates.append(plain)
+        layers.append(
+            StepLayer(
+                input_norm=rand(shape.hidden),
+                qkv=linear(width + 2 * shape.kv_heads * shape.head_dim, shape.hidden)[0],
+                query_norm=rand(shape.head_dim) if qk_norm else None,
+                key_norm=rand(shape.head_dim) if qk_norm else None,
+                output=linear(shape.hidden, width)[0],
+                post_norm=rand(shape.hidden),
+                gate_up=gate_up,
+                down=linear(shape.hidden, shape.inner)[0],
+                window=window,
+                fine_down=index == 0,
+            )
+        )
+    angles = torch.arange(POSITIONS)[:, None] * torch.rand(shape.head_dim // 2, generator=generator)
+    head = StepLinear(pack_int8([quantize_weight(rand(shape.vocabulary, shape.hidden))]))
+    table = rand(shape.vocabulary, shape.hidden).bfloat16() if bias else None
+    return Tiny(shape, layers, gates, rand(shape.hidden), head, table, angles.cos(), angles.sin())
+
+
+@dataclass
+class Inputs:
+    """One step: sequence s computes positions spans[s]; its blocks begin at s * 16."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    tables: torch.Tensor
+    starts: torch.Tensor
+    contexts: torch.Tensor
+    rows: torch.Tensor
+
+
+def inputs(spans: Sequence[tuple[int, int]], tokens: torch.Tensor, sequences: Sequence[int]) -> Inputs:
+    positions = torch.cat([torch.arange(a, b) for a, b in spans])
+    owner = torch.cat([torch.full((b - a,), s) for s, (a, b) in zip(sequences, spans, strict=True)])
+    starts = torch.tensor([0, *(b - a for a, b in spans)]).cumsum(0)
+    return Inputs(
+        tokens[owner, positions],
+        positions,
+        owner * 16 * BLOCK_SIZE + positions,
+        torch.stack([torch.arange(s * 16, s * 16 + 16) for s in sequences]).int(),
+        starts.int(),
+        torch.tensor([b for _, b in spans]).int(),
+        starts[1:] - 1,
+    )
+
+
+def run(step: Step, i: Inputs, cache: torch.Tensor) -> torch.Tensor:
+    return step.run(i.ids, i.positions, i.slots, i.tables, i.starts, i.contexts, cache, i.rows)
+
+
+def one_by_one(model: Tiny, i: Inputs, cache: torch.Tensor) -> torch.Tensor:
+    shape = model.shape
+    residual = int8_rows(model.head.packed, i.ids) if model.table is None else model.table[i.ids].float()
+
+    def product(x: torch.Tensor, linear: StepLinear, *, fine: bool = False) -> torch.Tensor:
+        return int8_linear(x, linear.packed, linear.bias, fine=fine)
+
+    for index, layer in enumerate(model.layers):
+        qkv = product(rms_norm(residual, layer.input_norm, EPS), layer.qkv)
+        heads = qkv.view(len(qkv), -1, shape.head_dim)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key = heads[:, : shape.heads], heads[:, shape.heads : shape.heads + shape.kv_heads]
+            rms_norm_heads(query, layer.query_norm, EPS, out=query)
+            rms_norm_heads(key, layer.key_norm, EPS, out=key)
+        kv = cache[:, index]
+        q = rope_and_store(
+            qkv,
+            i.positions,
+            i.slots,
+            model.cos,
+            model.sin,
+            kv,
+            shape.heads,
+            shape.kv_heads,
+            interleaved=shape.interleaved_rope,
+        )
+        mixed = paged_attention(q, kv, i.tables, i.starts, i.contexts, shape.head_dim**-0.5, layer.window)
+        residual = residual + product(mixed.view(len(qkv), -1), layer.output)
+        gate_up = product(rms_norm(residual, layer.post_norm, EPS), model.gate_up[index])
+        residual = residual + product(silu_mul(gate_up), layer.down, fine=layer.fine_down)
+    return product(rms_norm(residual[i.rows].contiguous(), model.norm, EPS), model.head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "bias", "qk_norm", "window", "interleaved"),
+    [
+        (9, 3, 64, False, False, None, False),
+        (4, 4, 32, True, False, 7, True),
+        (8, 1, 16, False, True, None, False),
+        (2, 1, 48, True, True, 1, False),
+    ],
+)
+def test_has_the_bits_of_the_operations_one_by_one(
+    cpp: None,
+    threads: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    bias: bool,
+    qk_norm: bool,
+    window: int | None,
+    interleaved: bool,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    same_bits: SameBits,
+) -> None:
+    shape = StepShape(96, 160, heads, kv_heads, dim, 101, EPS, interleaved)
+    model = make(shape, generator, bias=bias, qk_norm=qk_norm, window=window)
+    step = model.step()
+    tokens = torch.randint(0, 101, (4, 64), generator=generator)
+    caches = [torch.zeros(BLOCKS, 2, 2, kv_heads, BLOCK_SIZE, dim, dtype=dtype) for _ in range(2)]
+    for spans in ([(0, 1), (0, 33), (0, 5)], [(1, 2), (33, 34), (5, 21)], [(2, 3), (34, 35), (21, 22)]):
+        batch = inputs(spans, tokens, [2, 0, 3])
+        assert same_bits(run(step, batch, caches[0]), one_by_one(model, batch, caches[1]))
+        assert torch.equal(caches[0], caches[1])
+
+
+@pytest.fixture
+def tiny(cpp: None, generator: torch.Generator) -> Tiny:
+    return make(StepShape(64, 96, 4, 2, 16, 50, EPS, False), generator, bias=False, qk_norm=False, window=None)
+
+
+def test_a_row_has_the_same_bits_in_any_batch_and_chunk(
+    tiny: Tiny, threads: int, generator: torch.Generator, same_bits: SameBits
+) -> None:
+    step, tokens = tiny.step(), torch.randint(0, 50, (4, 64), generator=generator)
+    expected = None
+    for chunk in (1, 3, 8, 40):
+        for others in ([], [1], [0, 3]):
+            cache = torch.zeros(BLOCKS, 2, 2, 2, BLOCK_SIZE, 16)
+            for begin in range(0, 40, chunk):
+                spans = [(begin, min(40, begin + chunk)), *((0, 7 + s) for s in others)]
+                logits = run(step, inputs(spans, tokens, [2, *others]), cache)[0]
+            expected = logits if expected is None else expected
+            assert same_bits(logits, expected)
+
+
+def test_rows_without_samples(tiny: Tiny, generator: torch.Generator) -> None:
+    batch = inputs([(0, 9)], torch.randint(0, 50, (4, 64), generator=generator), [1])
+    batch.rows = torch.zeros(0, dtype=torch.int64)
+    assert run(tiny.step(), batch, torch.zeros(BLOCKS, 2, 2, 2, BLOCK_SIZE, 16)).shape == (0, 50)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("ids", 50, "token id"),
+        ("ids", -1, "token id"),
+        ("positions", POSITIONS, "position"),
+        ("slots", BLOCKS * BLOCK_SIZE, "slot"),
+        ("rows", 9, "sampled row"),
+        ("tables", BLOCKS, "sequence"),
+        ("contexts", 3, "sequence"),
+    ],
+)
+def test_what_is_out_of_range_changes_nothing(
+    tiny: Tiny, field: str, value: int, message: str, generator: torch.Generator
+) -> None:
+    batch = inputs([(0, 9)], torch.randint(0, 50, (4, 64), generator=generator), [1])
+    getattr(batch, field).view(-1)[0] = value
+    cache = torch.zeros(BLOCKS, 2, 2, 2, BLOCK_SIZE, 16)
+    with pytest.raises(InternalError, match=message):
+        run(tiny.step(), batch, cache)
+    assert not bool(cache.any())
+
+
+@pytest.mark.parametrize(("hidden", "inner", "dim"), [(48, 96, 16), (64, 80, 16), (64, 96, 8), (64, 96, 264)])
+def test_shapes_that_it_can_not_run(hidden: int, inner: int, dim: int) -> None:
+    assert StepShape(hidden, inner, 4, 2, dim, 50, EPS, False).why_not() is not None
+    with pytest.raises(InternalError, match=r"must be|most"):
+        Step(StepShape(hidden, inner, 4, 2, dim, 50, EPS, False), [], *[None] * 5)  # type: ignore[arg-type]
+
+
+def test_gate_up_order_is_a_permutation() -> None:
+    order = gate_up_order(96)
+    assert sorted(order.tolist()) == list(range(192))
