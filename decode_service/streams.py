@@ -1,10 +1,8 @@
 """The bounded buffer between the engine and one client's stream. Belongs to the event loop.
 
-Life cycle: made before the request is admitted -> `put` by the engine's publications -> `get` by the RPC's writer ->
-`close`, or
-an error by `fail`. A reader that is too slow costs only its own stream: when more than `limit` tokens wait, the buffer
-is
-dropped and the stream fails with SLOW_READER.
+Life cycle: made before the request is admitted -> `put` by the engine's publications -> `get` by the RPC's writer,
+until the request has ended or `fail` gives an error. A reader that is too slow costs only its own stream: when more
+than `limit` tokens wait, the buffer is dropped and the stream fails with SLOW_READER.
 """
 
 from __future__ import annotations
@@ -12,9 +10,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from decode_service.events import Ended, Event, Failed, Finished, Tokens
+from decode_service.events import Ended, Event, Finished, Tokens
 from tandem.errors import OverloadedError, TandemError
 from tandem.record import TokenDelta
+from worker.events import Failed
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 import grpc
 
-from decode_service import messages
 from decode_service.worker import DecodeWorker
 from kv_transfer.messages import Ack, Commit, Committed, Opened
 from kv_transfer.session import CopyPlan, Receiver, ReceiveSession
 from kv_transfer.transport import TargetTransport
-from tandem.errors import DeadlineError, DrainingError, InternalError, InvalidRequestError, TandemError
+from tandem.errors import DeadlineError, InternalError, InvalidRequestError, TandemError
 from tandem.service.logging import get_logger
 from tandem.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
+from worker import transfer_messages as messages
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
@@ -62,7 +62,7 @@ class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
     ) -> None:
         """See proto/tandem/v1/kv_transfer.proto."""
         if self._worker.stopping:
-            raise DrainingError("this decode worker has stopped", retry_after=0.0)
+            raise self._worker.stopped_error()
         transfer = _Transfer(self._worker, self._receiver, self._executor, context)
         metrics = self._worker.metrics
         try:
@@ -175,7 +175,9 @@ class _Transfer:
         if committed.already_committed:
             return committed
         try:
-            await self._worker.engine.call(lambda scheduler: scheduler.commit(key, commit.record, commit.token_end))
+            await self._worker.engine.call_with_events(
+                lambda scheduler: (None, scheduler.commit(key, commit.record, commit.token_end))
+            )
         except Exception as exc:
             self._worker.fail_stream(key, exc if isinstance(exc, TandemError) else InternalError(f"commit: {exc}"))
             raise
@@ -183,7 +185,7 @@ class _Transfer:
 
     async def _answer(self, answer: Opened | Ack | Committed) -> None:
         async with self._write_lock:
-            await self._context.write(messages.transfer_answer(answer))
+            await self._context.write(messages.answer_to_pb(answer))
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)

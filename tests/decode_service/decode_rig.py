@@ -15,8 +15,6 @@ from decode_scheduling import VOCAB
 
 from decode_service.assembly import Assembly, Parts, assemble
 from decode_service.config import SchedulerConfig
-from decode_service.messages import layout_to_pb
-from decode_service.worker import WorkerIdentity
 from engine.batch import Batch, SampleSpec, Slice, StepOutput, StepRunner
 from engine.fake import SLOT_BYTES, FakeRunner
 from kv_transfer.layout import KvLayout
@@ -29,6 +27,8 @@ from tandem.service import wire
 from tandem.service.channel import open_channel
 from tandem.service.metrics import Metrics
 from tandem.v1 import decode_pb2, decode_pb2_grpc, kv_transfer_pb2, kv_transfer_pb2_grpc
+from worker.identity import WorkerIdentity
+from worker.messages import layout_to_pb
 
 BLOCK = 4
 LAYOUT = KvLayout(BLOCK, "float32", 1, 1, 2)
@@ -338,7 +338,7 @@ class Rig:
     async def all_free(self) -> None:
         """Waits until the worker holds nothing, then checks the books."""
         worker = self.assembly.worker
-        await eventually(lambda: not worker.open_streams and not len(worker.leases))
+        await eventually(lambda: not worker.open_calls and not len(worker.leases))
         # The last release was posted before; commands run in order.
         assert await worker.engine.call(len) == 0
         await worker.engine.call(lambda scheduler: scheduler.check_integrity())

@@ -386,7 +386,7 @@ async def test_drain_hands_back_what_does_not_finish() -> None:
         assert got == expected_tokens(record_of(5, max_tokens=len(got)))
         await drain
         assert rig.assembly.pool.num_free == rig.assembly.pool.num_blocks
-        assert rig.assembly.worker.open_streams == 0
+        assert rig.assembly.worker.open_calls == 0
 
 
 async def test_info() -> None:

@@ -22,8 +22,6 @@ from kv_transfer.registry import target_transport
 from kv_transfer.session import Receiver, ReceiveSession
 from prefill_service.assembly import Assembly, Parts, assemble
 from prefill_service.config import SchedulerConfig
-from prefill_service.identity import WorkerIdentity
-from prefill_service.messages import layout_to_pb
 from tandem.errors import TandemError
 from tandem.record import Record
 from tandem.service import wire
@@ -33,6 +31,8 @@ from tandem.service.server import ServerShell
 from tandem.service.status import from_rpc_error
 from tandem.v1 import kv_transfer_pb2 as kv_pb
 from tandem.v1 import kv_transfer_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from worker.identity import WorkerIdentity
+from worker.messages import layout_to_pb
 
 BLOCK_SIZE = 4
 MODEL = "model-1"
@@ -256,7 +256,7 @@ class Rig:
 
     async def settled(self) -> None:
         """Everything that a call held is free again."""
-        await until(lambda: self.assembly.worker.open_jobs == 0 and len(self.assembly.scheduler) == 0)
+        await until(lambda: self.assembly.worker.open_calls == 0 and len(self.assembly.scheduler) == 0)
         assert self.assembly.scheduler.pool.num_free == self.assembly.scheduler.pool.num_blocks
         self.assembly.scheduler.check_integrity()
         await until(lambda: self.decode.streams == 0)

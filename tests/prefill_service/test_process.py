@@ -22,12 +22,13 @@ from prefill_service.__main__ import main
 from prefill_service.blame import target_error
 from prefill_service.channels import Channels
 from prefill_service.flags import parse_flags
-from prefill_service.messages import layout_to_pb
 from tandem.errors import ConfigError, DeadlineError, RequestCancelledError, UnavailableError
 from tandem.service import wire
 from tandem.service.call_status import CallStatus
 from tandem.service.channel import open_channel
 from tandem.v1 import prefill_pb2, prefill_pb2_grpc
+from worker import process as worker_process
+from worker.messages import layout_to_pb
 
 
 def test_flags_become_settings() -> None:
@@ -155,7 +156,7 @@ async def test_announcing_to_nobody_is_a_start_error(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("sys.stdout", SimpleNamespace(write=broken))
     with pytest.raises(ConfigError, match="nobody reads"):
-        wiring.announce("127.0.0.1:1", "127.0.0.1:2", "x")
+        worker_process.announce("prefill", "127.0.0.1:1", "127.0.0.1:2", "x")
 
 
 async def test_idle_channels_are_bounded() -> None:
