@@ -48,6 +48,8 @@ class _Call:
     record: Record
     attempt: int
     lease: Lease | None = None
+    local: bool = False
+    """The prompt is computed here: nobody may be asked for it any more."""
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -144,14 +146,14 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             async for request in requests:
                 await self._command(call, request)
         except TandemError as exc:
-            call.stream.fail(exc)
+            self._worker.fail_stream(call.key, exc)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except grpc.RpcError:
             return  # the call is over; its handler is told as well
         except Exception as exc:
             _log.error("a command failed", exc_info=exc)
-            call.stream.fail(InternalError(f"a command failed: {exc}"))
+            self._worker.fail_stream(call.key, InternalError(f"a command failed: {exc}"))
 
     async def _command(self, call: _Call, request: decode_pb2.DecodeRequest) -> None:
         kind = request.WhichOneof("event")
@@ -169,9 +171,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             raise InvalidRequestError("source must be REMOTE or LOCAL", field="retarget.source")
         emitted = wire.deltas_from_pb(message.emitted)
         lease = call.lease
-        if lease is None or lease.retarget(message.attempt, local=local):
+        if lease is None or call.local or lease.retarget(message.attempt, local=local):
             call.stream.answer(Retargeted(message.attempt, committed=True))
             return
+        call.local = local
         self._worker.end_transfers(lease)
         if local:
             await _quiet(lease)

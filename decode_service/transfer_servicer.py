@@ -92,16 +92,20 @@ class _Transfer:
         self._copies: set[asyncio.Task[None]] = set()
         self._write_lock = asyncio.Lock()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._committed = False
         self.bytes_copied = 0
         self.started = time.perf_counter()
 
     async def run(self, requests: Requests) -> None:
         """From Open to Committed."""
-        await self._open(requests)
-        with self._worker.transferring(self._session.lease) as over:
+        attempt = await self._open(requests)
+        with self._worker.transferring(self._session.lease, attempt) as over:
             reader = asyncio.create_task(self._read(requests))
             try:
                 await asyncio.wait({reader, over, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+                if self._committed:
+                    # A short request may be over, and its lease with it, before the sender has its answer.
+                    await reader
                 for ended in (self._failed, reader, over):
                     if ended.done():
                         ended.result()
@@ -117,7 +121,8 @@ class _Transfer:
             task.cancel()
         self._failed.cancel()
 
-    async def _open(self, requests: Requests) -> None:
+    async def _open(self, requests: Requests) -> int:
+        """Takes the attempt, and gives its number."""
         try:
             request = await asyncio.wait_for(anext(requests, None), FIRST_MESSAGE_SECONDS)
         except TimeoutError:
@@ -126,6 +131,7 @@ class _Transfer:
             raise InvalidRequestError("the first message of a transfer must be Open", field="open")
         opening = messages.open_from_pb(request.open)
         await self._answer(await self._in_thread(lambda: self._session.on_open(opening)))
+        return opening.attempt
 
     async def _read(self, requests: Requests) -> None:
         async for request in requests:
@@ -181,6 +187,7 @@ class _Transfer:
         except Exception as exc:
             self._worker.fail_stream(key, exc if isinstance(exc, TandemError) else InternalError(f"commit: {exc}"))
             raise
+        self._committed = True
         return committed
 
     async def _answer(self, answer: Opened | Ack | Committed) -> None:

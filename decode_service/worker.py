@@ -94,9 +94,11 @@ class DecodeWorker(Worker[OutputStream]):
         return key
 
     @contextlib.contextmanager
-    def transferring(self, lease: Lease) -> Iterator[asyncio.Future[None]]:
+    def transferring(self, lease: Lease, attempt: int) -> Iterator[asyncio.Future[None]]:
         """Around a transfer: a future that fails when the lease or the attempt ends, so a silent sender goes."""
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not lease.is_current(attempt):
+            _end(over)  # it ended while the transfer opened
         self._transfers.setdefault(lease.lease_id, set()).add(over)
         try:
             yield over
@@ -111,12 +113,11 @@ class DecodeWorker(Worker[OutputStream]):
         """The lease is closed or at another attempt: whoever transfers for it is told."""
         for over in self._transfers.get(lease.lease_id, ()):
             if not over.done():
-                over.set_exception(StaleError("the attempt is over", reason="ATTEMPT_SUPERSEDED"))
-                over.exception()  # retrieved: the transfer may end before it looks
+                _end(over)
 
     def fail_stream(self, key: str, error: TandemError) -> None:
-        """End a request's stream with an error."""
-        if (stream := self._calls.get(key)) is not None:
+        """End a request's stream with an error, unless the request is over and only its end is to be written."""
+        if (stream := self._calls.get(key)) is not None and not stream.ended:
             stream.fail(error)
 
     def close_stream(self, key: str, lease: Lease | None) -> None:
@@ -144,3 +145,8 @@ class DecodeWorker(Worker[OutputStream]):
                 for stream in self._calls.values():
                     stream.pulse(self.engine.steps)
             await asyncio.sleep(HEARTBEAT_SECONDS)
+
+
+def _end(over: asyncio.Future[None]) -> None:
+    over.set_exception(StaleError("the attempt is over", reason="ATTEMPT_SUPERSEDED"))
+    over.exception()  # retrieved: the transfer may end before it looks

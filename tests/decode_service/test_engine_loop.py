@@ -148,6 +148,14 @@ async def test_a_full_stream_fails_and_stays_failed() -> None:
     assert caught.value.reason == "SLOW_READER"
 
 
+async def test_answers_nobody_takes_are_bounded_too() -> None:
+    stream = OutputStream(limit=3)
+    for attempt in range(4):
+        stream.answer(Retargeted(attempt, committed=True))
+    with pytest.raises(OverloadedError):
+        await stream.get()
+
+
 async def test_taking_makes_room() -> None:
     stream = OutputStream(limit=3)
     for position in range(0, 30, 3):
