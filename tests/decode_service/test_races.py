@@ -13,7 +13,6 @@ from decode_rig import (
     TransferEnded,
     eventually,
     expected_tokens,
-    open_to_pb,
     read,
     record_of,
     running_rig,
@@ -24,6 +23,7 @@ from kv_transfer.messages import Committed
 from tandem.record import FinishReason
 from tandem.service import wire
 from tandem.v1 import decode_pb2
+from worker.transfer_messages import open_to_pb
 
 
 async def read_to_end(transfer: Any) -> None:

@@ -16,8 +16,6 @@ from decode_rig import (
     FakePrefill,
     TransferEnded,
     expected_tokens,
-    offer_to_pb,
-    open_to_pb,
     read,
     read_raw,
     reason_of,
@@ -30,6 +28,7 @@ from kv_transfer.messages import Opened
 from tandem.record import OutputState, TokenLogprobs
 from tandem.service import pulse
 from tandem.v1 import decode_pb2, kv_transfer_pb2
+from worker.transfer_messages import offer_to_pb, open_to_pb
 
 TRANSPORTS = ("memory", "shm", "grpc")
 
