@@ -1,8 +1,7 @@
 """Who may come aboard: checks of a record and the arithmetic of reservation. Torch-free.
 
 A request is refused for good when it could never finish here (OverloadedError without a retry, InvalidRequestError),
-and for now
-when its prompt, the tail of each output and one step's slots of everybody aboard don't fit.
+and for now when its prompt, the tail of each output and one step's slots of everybody aboard don't fit.
 """
 
 from __future__ import annotations
@@ -13,26 +12,15 @@ from decode_service.config import RECEIVING_SHARE, SchedulerConfig
 from decode_service.request import Request, State, blocks_for, most_blocks
 from decode_service.stopping import max_output_tokens
 from engine.block_pool import BlockPool
-from tandem.errors import IncompatibleError, InvalidRequestError, OverloadedError
+from tandem.errors import InvalidRequestError, OverloadedError
 from tandem.record import Record
+from worker.admission import check_context, check_ids, check_shape
 
 
 def check_record(record: Record, config: SchedulerConfig) -> None:
-    """Raises InvalidRequestError or IncompatibleError for a record that this engine can't run."""
-    if config.model_id and record.model_id != config.model_id:
-        raise IncompatibleError(
-            f"the record is for model {record.model_id!r}, this worker serves {config.model_id!r}",
-            reason="MODEL_MISMATCH",
-        )
-    if not record.prompt:
-        raise InvalidRequestError("a record needs at least one prompt token", field="record.prompt_token_ids")
-    if len(record.prompt) >= config.max_context:
-        raise InvalidRequestError(
-            f"{len(record.prompt)} prompt tokens leave no room in a context of {config.max_context}",
-            field="record.prompt_token_ids",
-        )
-    if len(record.outputs) != record.sampling.n or record.sampling.n < 1:
-        raise InvalidRequestError(f"{len(record.outputs)} outputs for n={record.sampling.n}", field="record.outputs")
+    """Raises InvalidRequestError, IncompatibleError or OverloadedError for a record that this engine can't run."""
+    check_shape(record, config)
+    check_context(len(record.prompt), config)
     if record.stopping.max_tokens < 1:
         raise InvalidRequestError("max_tokens must be at least 1", field="record.stopping.max_tokens")
     if record.sampling.n > config.max_sequences:
@@ -42,16 +30,7 @@ def check_record(record: Record, config: SchedulerConfig) -> None:
     limit = max_output_tokens(record, config.max_context)
     if any(len(output.token_ids) > limit for output in record.outputs):
         raise InvalidRequestError(f"an output of the record has more than {limit} tokens", field="record.outputs")
-    check_tokens(record.prompt, config, "record.prompt_token_ids")
-    for output in record.outputs:
-        check_tokens(output.token_ids, config, "record.outputs")
-
-
-def check_tokens(tokens: Iterable[int], config: SchedulerConfig, field: str) -> None:
-    """Raises InvalidRequestError for an id outside the vocabulary: it would take a whole step down."""
-    for token in tokens:
-        if not 0 <= token < config.vocab_size:
-            raise InvalidRequestError(f"token id {token} is not in 0 .. {config.vocab_size - 1}", field=field)
+    check_ids(record, config)
 
 
 def check_fits_at_all(record: Record, config: SchedulerConfig, pool: BlockPool) -> None:

@@ -1,5 +1,4 @@
-"""How tokens come into a request: drawn by a step, committed by a prefill worker, or forced because the client has
-them already.
+"""How tokens come into a request: drawn by a step, committed by a prefill worker, or forced since the client has them.
 
 Stateless functions over a `Request`. A token that is there is never replaced. Torch-free.
 """
@@ -9,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from decode_service import stopping
-from decode_service.admission import check_tokens
 from decode_service.config import SchedulerConfig
 from decode_service.events import Event, Finished, Tokens
 from decode_service.request import Output, Request
 from tandem.errors import InvalidRequestError
 from tandem.record import Record, TokenDelta, TokenLogprobs
+from worker.admission import check_tokens
 
 
 def adopt(
@@ -24,8 +23,9 @@ def adopt(
     logprobs: Sequence[TokenLogprobs],
     config: SchedulerConfig,
 ) -> None:
-    """Take over what `tokens` has beyond the output's own, up to where the output ends. `logprobs`: parallel, or
-    empty.
+    """Take over what `tokens` has beyond the output's own, up to where the output ends.
+
+    `logprobs` are parallel to `tokens`, or empty.
     """
     state = output.state
     for position in range(len(state.token_ids), len(tokens)):
@@ -71,8 +71,9 @@ def check_ends(request: Request, config: SchedulerConfig) -> None:
 
 
 def news(request: Request) -> list[Event]:
-    """What the gateway doesn't know yet: tokens, then ends. Blocks of ended outputs are freed, unless they are the
-    trunk's.
+    """What the gateway doesn't know yet: tokens, then ends.
+
+    Blocks of ended outputs are freed, unless they are the trunk's.
     """
     deltas: list[TokenDelta] = []
     ends: list[Event] = []

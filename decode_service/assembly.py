@@ -11,7 +11,7 @@ from decode_service.scheduler import Scheduler
 from decode_service.servicer import DecodeServicer
 from decode_service.streams import DEFAULT_LIMIT
 from decode_service.transfer_servicer import TransferServicer
-from decode_service.worker import DecodeWorker, WorkerIdentity
+from decode_service.worker import DecodeWorker
 from engine.batch import StepRunner
 from engine.block_pool import BlockPool
 from kv_transfer.pool import PoolView
@@ -19,6 +19,8 @@ from kv_transfer.registry import target_transport
 from tandem.service.metrics import Metrics
 from tandem.service.server import ServerShell
 from tandem.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc
+from worker import assembly
+from worker.identity import WorkerIdentity
 
 SERVICES = ("tandem.v1.DecodeService", "tandem.v1.KvTransferService")
 
@@ -36,24 +38,16 @@ class Parts:
 
 
 @dataclass(slots=True)
-class Assembly:
-    """A worker in a server that is not started yet."""
+class Assembly(assembly.Assembly):
+    """A decode worker in a server that is not started yet."""
 
-    shell: ServerShell
     worker: DecodeWorker
     transfers: TransferServicer
     pool: BlockPool
 
-    async def start(self) -> str:
-        """Engine, then server; returns the bound HOST:PORT."""
-        self.worker.start()
-        address = await self.shell.start()
-        self.shell.set_serving(True)
-        return address
-
     async def close(self) -> None:
         """After the server has stopped."""
-        await self.worker.stop()
+        await assembly.Assembly.close(self)
         await asyncio.to_thread(self.transfers.close)
 
 

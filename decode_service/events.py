@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.errors import TandemError
 from tandem.record import FinishReason, TokenDelta
+from worker import events
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,8 @@ class Ended:
     preemptions: int
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The request was aboard a step that failed; the scheduler holds nothing more for it."""
-
-    key: str
-    error: TandemError
-
-
-Event = Tokens | Finished | Ended | Failed
+Event = Tokens | Finished | Ended | events.Failed
+"""After a failure the scheduler holds nothing more for the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +61,7 @@ class Load:
 
 
 @dataclass(slots=True)
-class Counters:
+class Counters(events.Counters):
     """Counts since the start."""
 
     preemptions: int = 0
-    cancelled: int = 0
-    steps_after_cancel: int = 0
-    """Steps that cancelled requests took part in although they were launched after the cancel was posted."""
-    worst_steps_after_cancel: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0

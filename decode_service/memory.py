@@ -1,8 +1,7 @@
 """Which request holds which blocks: reservation, growth, preemption and return. Torch-free.
 
 The order of age decides every conflict. A request that needs a block takes it from the youngest younger one that
-computes, never
-from an older one, and never from one that is being received into: a peer's bytes are on their way there.
+computes, never from an older one, and never from one that is being received into: a peer's bytes are on their way.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ class Memory:
         self._counters = counters
 
     def reserve(self, request: Request, *, slots: int, receiving: bool = False) -> int:
-        """Give a request its trunk: cached blocks, and fresh ones for what it knows (when `receiving`: what a sender
-        computes). Returns the cached tokens.
+        """Give a request its trunk: cached blocks, and fresh ones for what it knows. Returns the cached tokens.
 
-        Raises OverloadedError, and then has changed nothing, when that, its outputs' tails and `slots` more don't fit.
+        `receiving`: the fresh blocks are for what a sender computes. Raises OverloadedError, and then has changed
+        nothing, when that, its outputs' tails and `slots` more don't fit.
         """
         size, end = self._pool.block_size, request.needed_end if receiving else request.shared_end
         # The last token is always computed, so that there is something to draw from.
@@ -71,8 +70,9 @@ class Memory:
                     return None
 
     def resume(self) -> None:
-        """Take preempted requests back, the oldest first, while they fit. The oldest of all who compute makes itself
-        room.
+        """Take preempted requests back, the oldest first, while they fit.
+
+        The oldest of all who compute makes itself room.
         """
         for request in list(self._requests.values()):
             if request.state is not State.WAITING:

@@ -7,9 +7,8 @@ The life of a request:
         +--cancel--> releasing --release (copies in flight are over)--> over
 
 While the prompt is computed there is one chain of KV, the trunk, shared by all outputs; then it splits, and each live
-output has
-a chain of its own. With one live output the trunk also covers the tokens that this output has already (forced tokens
-of a record).
+output has a chain of its own. With one live output the trunk also covers the tokens that this output has already
+(forced tokens of a record).
 """
 
 from __future__ import annotations

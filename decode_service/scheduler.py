@@ -1,27 +1,24 @@
 """The decode scheduler: who takes part in the next step, with which blocks. Torch-free; one thread owns it.
 
 A step is `schedule() -> Batch | None`, the runner, `update(batch, output) -> events` (or `fail_step`). Between steps
-come the
-commands: `admit`, `commit`, `start_local`, `force`, `finish`, `cancel`, `release`. Requests are kept in order of age.
+come the commands: `admit`, `commit`, `start_local`, `force`, `finish`, `cancel`, `release`. Requests are kept in order
+of age.
 
 - Everything is computed the same way: a chain computes tokens that it knows (prompt, forced or drawn ones) up to its
-  end, and at its
-  end draws the next. So a local prefill, a recompute after a preemption and a migrated record need no code of their
-  own, and tokens
-  known already are never drawn again.
+  end, and at its end draws the next. So a local prefill, a recompute after a preemption and a migrated record need no
+  code of their own, and tokens known already are never drawn again.
 - Sequences that decode are aboard every step; chunks of prefill share a budget beside them (`mixed_prefill_tokens`).
 - A chain that needs a block when there is none preempts the youngest younger request, and else waits for the next
-  step. So the
-  oldest is never preempted, can have everything but what is being received into, and finishes.
+  step. So the oldest is never preempted, can have everything but what is being received into, and finishes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from decode_service import admission, adoption, stopping
+from decode_service import admission, adoption
 from decode_service.config import SchedulerConfig
-from decode_service.events import Admission, Counters, Ended, Event, Failed, Load
+from decode_service.events import Admission, Counters, Ended, Event, Load
 from decode_service.memory import Memory
 from decode_service.request import Output, Request, Share, State
 from engine.batch import Batch, SampledToken, SampleSpec, Slice, StepOutput
@@ -29,6 +26,8 @@ from engine.block_pool import BlockPool
 from engine.prefix import prefix_root
 from tandem.errors import InternalError, InvalidRequestError, NotFoundError, TandemError
 from tandem.record import FinishReason, Record, TokenDelta
+from worker.events import Failed
+from worker.stopping import stop_ids, suppressed
 
 
 class Scheduler:
@@ -52,8 +51,7 @@ class Scheduler:
         """Reserve blocks for a request; `key` is new for each admission. Local ones start at the next step.
 
         The record becomes the scheduler's. Raises InvalidRequestError, IncompatibleError or OverloadedError, and then
-        has
-        changed nothing.
+        has changed nothing.
         """
         if key in self._requests:
             raise InvalidRequestError(f"request {key!r} is aboard already", field="record.request_id")
@@ -104,8 +102,9 @@ class Scheduler:
         return self._settle(request)
 
     def force(self, key: str, emitted: Sequence[TokenDelta]) -> None:
-        """Another attempt will send: tokens that the client has are kept, and never drawn again. Raises as
-        `start_local`.
+        """Another attempt will send: tokens that the client has are kept, and never drawn again.
+
+        Raises as `start_local`.
         """
         adoption.force(self._receiving(key), emitted, self.config)
 
@@ -125,16 +124,12 @@ class Scheduler:
     def cancel(self, key: str, posted_step: int | None = None) -> bool:
         """End a request: it takes part in no further step. True when its blocks are held until `release`.
 
-        `posted_step` is `steps` at the time when the cancel was posted, to count what it cost. Unknown keys are
-        ignored.
+        `posted_step` is `steps` when the cancel was posted, to count what it cost. Unknown keys are ignored.
         """
         request = self._requests.get(key)
         if request is None or request.state is State.RELEASING:
             return request is not None
-        self.counters.cancelled += 1
-        late = max(0, request.last_step - posted_step) if posted_step is not None else 0
-        self.counters.steps_after_cancel += late
-        self.counters.worst_steps_after_cancel = max(self.counters.worst_steps_after_cancel, late)
+        self.counters.count_cancel(request.last_step, self.steps if posted_step is None else posted_step)
         if request.state is State.RECEIVING:
             request.state = State.RELEASING
             return True
@@ -249,8 +244,9 @@ class Scheduler:
         return list(self._requests)
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless the pool's references are exactly those of the requests. For tests and idle
-        times.
+        """Raises IntegrityError unless the pool's references are exactly those of the requests.
+
+        For tests and idle times.
         """
         self.pool.check_integrity(chain.table.held for r in self._requests.values() for chain in r.chains())
 
@@ -262,7 +258,7 @@ class Scheduler:
             Output(index, state, streamed=len(state.token_ids), announced=state.finish_reason is not None)
             for index, state in enumerate(record.outputs)
         ]
-        stops = stopping.stop_ids(record, config.eos_token_ids)
+        stops = stop_ids(record, config.eos_token_ids)
         root = prefix_root(record.tenant, config.model_id, config.layout_id, config.numerics_id)
         return Request(key, record, self._next_order, State.WAITING, stops, root, outputs)
 
@@ -302,8 +298,9 @@ class Scheduler:
         self._plan.append((request, share, count))
 
     def _samples(self, request: Request, share: Share) -> list[SampleSpec]:
-        """What is drawn after the last token of a chain. A trunk draws only for outputs without tokens, unless it
-        has one.
+        """What is drawn after the last token of a chain.
+
+        A trunk draws only for outputs without tokens, unless it has one.
         """
         live = request.live
         drawing = [share.output] if share.output is not None else live
@@ -319,7 +316,7 @@ class Scheduler:
             position=len(tokens),
             prompt=record.prompt,
             output=tokens,
-            suppress=stopping.suppressed(record, output.state, request.stops),
+            suppress=suppressed(record, output.state, request.stops),
             logprobs=record.logprobs,
         )
 

@@ -8,8 +8,8 @@ ends, `close_stream` frees everything. The client's half-close ends only the rea
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from decode_service.worker import HEARTBEAT_SECONDS, DecodeWorker
 from kv_transfer.leases import Lease
 from tandem.errors import (
     DeadlineError,
-    DrainingError,
     IncompatibleError,
     InternalError,
     InvalidRequestError,
@@ -31,15 +30,13 @@ from tandem.errors import (
 from tandem.record import Record
 from tandem.service import wire
 from tandem.service.logging import bind_request, get_logger
-from tandem.v1 import decode_pb2, decode_pb2_grpc
+from tandem.v1 import decode_pb2, decode_pb2_grpc, types_pb2
+from worker.messages import info_to_pb, load_to_pb
 
 _log = get_logger(__name__)
 Requests = AsyncIterator[decode_pb2.DecodeRequest]
 Context = grpc.aio.ServicerContext[Any, Any]
 FIRST_MESSAGE_SECONDS = 10.0
-LOAD_INTERVAL = 0.05
-"""Least seconds between two loads to one watcher."""
-LOAD_BEAT = 1.0
 
 
 @dataclass(slots=True)
@@ -51,6 +48,8 @@ class _Call:
     record: Record
     attempt: int
     lease: Lease | None = None
+    local: bool = False
+    """The prompt is computed here: nobody may be asked for it any more."""
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -82,23 +81,22 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: decode_pb2.GetDecodeInfoRequest, context: Context
     ) -> decode_pb2.GetDecodeInfoResponse:
         """What this worker is."""
-        return decode_pb2.GetDecodeInfoResponse(info=messages.info_to_pb(self._worker.identity))
+        info = info_to_pb(self._worker.identity, types_pb2.WORKER_ROLE_DECODE)
+        return decode_pb2.GetDecodeInfoResponse(info=info)
 
     async def WatchDecodeLoad(  # noqa: N802
         self, request: decode_pb2.WatchDecodeLoadRequest, context: Context
     ) -> AsyncIterator[decode_pb2.WatchDecodeLoadResponse]:
         """On change, at most 20 a second; at least one a second, as long as the engine turns."""
-        told_draining = False
-        with self._worker.watching() as changed:
-            while not self._worker.stopping:
-                changed.clear()
-                if self._worker.engine.alive or self._worker.draining != told_draining:
-                    told_draining = self._worker.draining
-                    yield decode_pb2.WatchDecodeLoadResponse(load=messages.load_to_pb(self._worker))
-                await asyncio.sleep(LOAD_INTERVAL)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), LOAD_BEAT - LOAD_INTERVAL)
-        raise DrainingError("this decode worker has stopped", retry_after=0.0)
+        async with aclosing(self._worker.load_changes()) as changes:
+            async for _ in changes:
+                yield decode_pb2.WatchDecodeLoadResponse(load=self._load())
+
+    def _load(self) -> types_pb2.WorkerLoad:
+        load = self._worker.engine.load
+        return load_to_pb(
+            self._worker, running_sequences=load.running_sequences, receiving_requests=load.receiving_requests
+        )
 
     def _check_start(self, start: decode_pb2.DecodeStart) -> Record:
         identity = self._worker.identity
@@ -113,17 +111,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         return record
 
     async def _admit(self, call: _Call, context: Context, *, local: bool) -> decode_pb2.DecodeResponse:
-        answer = self._worker.engine.call(lambda scheduler: scheduler.admit(call.key, call.record, local=local))
+        answer = self._worker.engine.call_with_events(
+            lambda scheduler: scheduler.admit(call.key, call.record, local=local)
+        )
         try:
             # The engine answers after the step that runs; until then nobody may take the silence for its end.
             while not (await asyncio.wait({answer}, timeout=HEARTBEAT_SECONDS))[0]:
                 if self._worker.engine.alive:
                     await context.write(messages.heartbeat_to_pb(self._worker.engine.steps))
-            admitted, events = answer.result()
+            admitted = answer.result()
         finally:
             answer.cancel()
-        for event in events:
-            call.stream.put(event)
         if not local and not call.stream.ended:
             call.lease = self._worker.grant(call.key, admitted, call.record.request_id, call.attempt)
         return _admitted_to_pb(call, admitted)
@@ -148,20 +146,20 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             async for request in requests:
                 await self._command(call, request)
         except TandemError as exc:
-            call.stream.fail(exc)
+            self._worker.fail_stream(call.key, exc)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except grpc.RpcError:
             return  # the call is over; its handler is told as well
         except Exception as exc:
             _log.error("a command failed", exc_info=exc)
-            call.stream.fail(InternalError(f"a command failed: {exc}"))
+            self._worker.fail_stream(call.key, InternalError(f"a command failed: {exc}"))
 
     async def _command(self, call: _Call, request: decode_pb2.DecodeRequest) -> None:
         kind = request.WhichOneof("event")
         if kind == "finish":
             index = request.finish.index
-            await self._worker.engine.call(lambda scheduler: scheduler.finish(call.key, index))
+            await self._worker.engine.call_with_events(lambda scheduler: (None, scheduler.finish(call.key, index)))
         elif kind == "retarget":
             await self._retarget(call, request.retarget)
         else:
@@ -173,18 +171,20 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             raise InvalidRequestError("source must be REMOTE or LOCAL", field="retarget.source")
         emitted = wire.deltas_from_pb(message.emitted)
         lease = call.lease
-        if lease is None or lease.retarget(message.attempt, local=local):
+        if lease is None or call.local or lease.retarget(message.attempt, local=local):
             call.stream.answer(Retargeted(message.attempt, committed=True))
             return
+        call.local = local
         self._worker.end_transfers(lease)
         if local:
             await _quiet(lease)
         # Before the command: the engine may be through with a short request before this coroutine runs again.
         call.stream.answer(Retargeted(message.attempt, False, lease.needed_start, lease.needed_end))
+        engine = self._worker.engine
         if local:
-            await self._worker.engine.call(lambda scheduler: scheduler.start_local(call.key, emitted))
+            await engine.call_with_events(lambda scheduler: (None, scheduler.start_local(call.key, emitted)))
         else:
-            await self._worker.engine.call(lambda scheduler: scheduler.force(call.key, emitted))
+            await engine.call(lambda scheduler: scheduler.force(call.key, emitted))
 
 
 def _admitted_to_pb(call: _Call, admitted: Admission) -> decode_pb2.DecodeResponse:

@@ -1,4 +1,4 @@
-"""When an output ends, as far as a worker decides it, and which tokens are banned now. Torch-free.
+"""When an output ends, as far as a worker decides it. Torch-free.
 
 Stop strings are the gateway's (`Scheduler.finish`).
 """
@@ -6,12 +6,6 @@ Stop strings are the gateway's (`Scheduler.finish`).
 from __future__ import annotations
 
 from tandem.record import FinishReason, OutputState, Record
-
-
-def stop_ids(record: Record, eos_token_ids: tuple[int, ...]) -> frozenset[int]:
-    """The ids that end an output of `record`."""
-    eos = () if record.stopping.ignore_eos else eos_token_ids
-    return frozenset((*record.stopping.stop_token_ids, *eos))
 
 
 def max_output_tokens(record: Record, max_context: int) -> int:
@@ -25,8 +19,3 @@ def finish_reason(record: Record, output: OutputState, stops: frozenset[int], ma
     if count and count > record.stopping.min_tokens and output.token_ids[-1] in stops:
         return FinishReason.STOP
     return FinishReason.LENGTH if count >= max_output_tokens(record, max_context) else None
-
-
-def suppressed(record: Record, output: OutputState, stops: frozenset[int]) -> tuple[int, ...]:
-    """Ids that must not be drawn next: everything that would stop the output before `min_tokens`."""
-    return tuple(sorted(stops)) if len(output.token_ids) < record.stopping.min_tokens else ()

@@ -1,10 +1,8 @@
 """The bounded buffer between the engine and one client's stream. Belongs to the event loop.
 
-Life cycle: made before the request is admitted -> `put` by the engine's publications -> `get` by the RPC's writer ->
-`close`, or
-an error by `fail`. A reader that is too slow costs only its own stream: when more than `limit` tokens wait, the buffer
-is
-dropped and the stream fails with SLOW_READER.
+Life cycle: made before the request is admitted -> `put` by the engine's publications -> `get` by the RPC's writer,
+until the request has ended or `fail` gives an error. A reader that is too slow costs only its own stream: when more
+than `limit` tokens wait, the buffer is dropped and the stream fails with SLOW_READER.
 """
 
 from __future__ import annotations
@@ -12,9 +10,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from decode_service.events import Ended, Event, Failed, Finished, Tokens
+from decode_service.events import Ended, Event, Finished, Tokens
 from tandem.errors import OverloadedError, TandemError
 from tandem.record import TokenDelta
+from worker.events import Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +67,17 @@ class OutputStream:
         if isinstance(event, Tokens):
             for delta in event.deltas:
                 self._append(delta)
-            if self._waiting > self._limit:
-                self.fail(
-                    OverloadedError(
-                        f"the client reads too slowly: more than {self._limit} tokens wait for it",
-                        retry_after=None,
-                        reason="SLOW_READER",
-                    )
-                )
-                return
         else:
             self.ended = self.ended or isinstance(event, Ended)
             self._items.append(event)
-        self._ready.set()
+        self._added()
 
     def answer(self, answer: Retargeted) -> None:
-        """Send an answer behind what waits. A client asks seldom, so they are not counted."""
+        """Send an answer behind what waits; it counts as one token."""
         if not self._failed.done():
+            self._waiting += 1
             self._items.append(answer)
-            self._ready.set()
+            self._added()
 
     def pulse(self, steps: int) -> None:
         """A heartbeat; at most one waits, behind everything else."""
@@ -94,6 +85,17 @@ class OutputStream:
             return
         self._items = [item for item in self._items if not isinstance(item, Pulse)]
         self._items.append(Pulse(steps))
+        self._ready.set()
+
+    def _added(self) -> None:
+        if self._waiting > self._limit:
+            self.fail(
+                OverloadedError(
+                    f"the client reads too slowly: more than {self._limit} tokens wait for it",
+                    retry_after=None,
+                    reason="SLOW_READER",
+                )
+            )
         self._ready.set()
 
     def _append(self, delta: TokenDelta) -> None:

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 import grpc
 
-from decode_service import messages
 from decode_service.worker import DecodeWorker
 from kv_transfer.messages import Ack, Commit, Committed, Opened
 from kv_transfer.session import CopyPlan, Receiver, ReceiveSession
 from kv_transfer.transport import TargetTransport
-from tandem.errors import DeadlineError, DrainingError, InternalError, InvalidRequestError, TandemError
+from tandem.errors import DeadlineError, InternalError, InvalidRequestError, TandemError
 from tandem.service.logging import get_logger
 from tandem.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
+from worker import transfer_messages as messages
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
@@ -62,7 +62,7 @@ class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
     ) -> None:
         """See proto/tandem/v1/kv_transfer.proto."""
         if self._worker.stopping:
-            raise DrainingError("this decode worker has stopped", retry_after=0.0)
+            raise self._worker.stopped_error()
         transfer = _Transfer(self._worker, self._receiver, self._executor, context)
         metrics = self._worker.metrics
         try:
@@ -92,16 +92,20 @@ class _Transfer:
         self._copies: set[asyncio.Task[None]] = set()
         self._write_lock = asyncio.Lock()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._committed = False
         self.bytes_copied = 0
         self.started = time.perf_counter()
 
     async def run(self, requests: Requests) -> None:
         """From Open to Committed."""
-        await self._open(requests)
-        with self._worker.transferring(self._session.lease) as over:
+        attempt = await self._open(requests)
+        with self._worker.transferring(self._session.lease, attempt) as over:
             reader = asyncio.create_task(self._read(requests))
             try:
                 await asyncio.wait({reader, over, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+                if self._committed:
+                    # A short request may be over, and its lease with it, before the sender has its answer.
+                    await reader
                 for ended in (self._failed, reader, over):
                     if ended.done():
                         ended.result()
@@ -117,7 +121,8 @@ class _Transfer:
             task.cancel()
         self._failed.cancel()
 
-    async def _open(self, requests: Requests) -> None:
+    async def _open(self, requests: Requests) -> int:
+        """Takes the attempt, and gives its number."""
         try:
             request = await asyncio.wait_for(anext(requests, None), FIRST_MESSAGE_SECONDS)
         except TimeoutError:
@@ -126,6 +131,7 @@ class _Transfer:
             raise InvalidRequestError("the first message of a transfer must be Open", field="open")
         opening = messages.open_from_pb(request.open)
         await self._answer(await self._in_thread(lambda: self._session.on_open(opening)))
+        return opening.attempt
 
     async def _read(self, requests: Requests) -> None:
         async for request in requests:
@@ -175,15 +181,18 @@ class _Transfer:
         if committed.already_committed:
             return committed
         try:
-            await self._worker.engine.call(lambda scheduler: scheduler.commit(key, commit.record, commit.token_end))
+            await self._worker.engine.call_with_events(
+                lambda scheduler: (None, scheduler.commit(key, commit.record, commit.token_end))
+            )
         except Exception as exc:
             self._worker.fail_stream(key, exc if isinstance(exc, TandemError) else InternalError(f"commit: {exc}"))
             raise
+        self._committed = True
         return committed
 
     async def _answer(self, answer: Opened | Ack | Committed) -> None:
         async with self._write_lock:
-            await self._context.write(messages.transfer_answer(answer))
+            await self._context.write(messages.answer_to_pb(answer))
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)

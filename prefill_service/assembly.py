@@ -9,7 +9,6 @@ from engine.block_pool import BlockPool
 from kv_transfer.pool import PoolMemory
 from kv_transfer.registry import source_transport
 from prefill_service.config import SchedulerConfig
-from prefill_service.identity import WorkerIdentity
 from prefill_service.metrics import StepMetrics
 from prefill_service.scheduler import Scheduler
 from prefill_service.servicer import PrefillServicer
@@ -17,6 +16,8 @@ from prefill_service.worker import PrefillWorker
 from tandem.service.metrics import Metrics
 from tandem.service.server import ServerShell
 from tandem.v1 import prefill_pb2_grpc
+from worker import assembly
+from worker.identity import WorkerIdentity
 
 SERVICE = "tandem.v1.PrefillService"
 
@@ -33,23 +34,11 @@ class Parts:
 
 
 @dataclass(slots=True)
-class Assembly:
-    """A worker in a server that is not started yet."""
+class Assembly(assembly.Assembly):
+    """A prefill worker in a server that is not started yet."""
 
-    shell: ServerShell
     worker: PrefillWorker
     scheduler: Scheduler
-
-    async def start(self) -> str:
-        """Engine, then server; returns the bound HOST:PORT."""
-        self.worker.start()
-        address = await self.shell.start()
-        self.shell.set_serving(True)
-        return address
-
-    async def close(self) -> None:
-        """After the server has stopped."""
-        await self.worker.stop()
 
 
 def assemble(parts: Parts, listen: str, metrics: Metrics | None = None) -> Assembly:

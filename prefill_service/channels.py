@@ -48,8 +48,9 @@ class Channels:
 
     async def _close_idle(self) -> None:
         idle = [address for address in self._channels if address not in self._users]
-        for address in idle[: max(0, len(idle) - self._most_idle)]:
-            await self._channels.pop(address).close()
+        # Taken out before the first wait: nobody may borrow one that is about to close.
+        for channel in [self._channels.pop(address) for address in idle[: max(0, len(idle) - self._most_idle)]]:
+            await channel.close()
 
     async def close(self) -> None:
         """Close all, in use or not."""

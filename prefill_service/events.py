@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.errors import TandemError
 from tandem.record import TokenDelta
+from worker import events
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +47,8 @@ class Sampled:
     deltas: list[TokenDelta]
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Nothing more is computed for the request; its blocks stay until it is released."""
-
-    key: str
-    error: TandemError
-
-
-Event = Started | Computed | Sampled | Failed
+Event = Started | Computed | Sampled | events.Failed
+"""After a failure the blocks stay until the request is released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +66,8 @@ class Load:
 
 
 @dataclass(slots=True)
-class Counters:
-    """Counts since the start, in tokens or requests."""
+class Counters(events.Counters):
+    """Counts since the start."""
 
-    prompt_tokens: int = 0
     queried_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    cancelled: int = 0
-    """Requests released before their prompt was done."""
-    steps_after_cancel: int = 0
-    """Steps launched with a request aboard whose release had been posted before."""
-    worst_steps_after_cancel: int = 0
-    """The most of these for one request."""
+    """Tokens looked up in the prefix cache."""

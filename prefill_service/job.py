@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
-from prefill_service.events import Computed, Event, Failed, Sampled, Started
-from prefill_service.messages import with_first_tokens
+from prefill_service.events import Computed, Event, Sampled, Started
 from prefill_service.metrics import StepMetrics
 from prefill_service.sender import Transfer, TransferResult
 from tandem.errors import InternalError, TandemError
-from tandem.record import Record, TokenDelta
+from tandem.record import OutputState, Record, TokenDelta
 from tandem.service.logging import get_logger
+from worker.events import Failed
 
 _log = get_logger(__name__)
 
@@ -111,3 +113,12 @@ class Job:
         if self._metrics is not None:
             self._metrics.transfer_failed()
         self.fail(error)
+
+
+def with_first_tokens(record: Record, deltas: Sequence[TokenDelta]) -> Record:
+    """A copy of `record` whose outputs have the tokens of `deltas`; the original is left as it is."""
+    outputs = [OutputState(list(o.token_ids), list(o.logprobs), o.finish_reason) for o in record.outputs]
+    for delta in deltas:
+        outputs[delta.index].token_ids.extend(delta.token_ids)
+        outputs[delta.index].logprobs.extend(delta.logprobs)
+    return replace(record, outputs=outputs)

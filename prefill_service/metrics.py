@@ -2,73 +2,34 @@
 
 from __future__ import annotations
 
-from engine.batch import Batch
-from prefill_service.events import Counters, Load
+from prefill_service.events import Load
+from prefill_service.scheduler import Scheduler
 from tandem.service.metrics import Metrics
+from worker import metrics
 
 
-class StepMetrics:
-    """Turns counters into metrics. `step` and `observe` on the engine thread, the rest on the event loop."""
+class StepMetrics(metrics.StepMetrics):
+    """Turns counters into metrics. What isn't said to be for the engine thread is for the event loop."""
 
     def __init__(self, metrics: Metrics) -> None:
         """`metrics` is the process's own."""
-        self._metrics = metrics
-        self._step_seconds = metrics.histogram("engine_step_seconds", "Time of an engine step.")
-        self._cancelled = metrics.counter("requests_cancelled", "Requests that were cancelled.")
-        self._late_steps = metrics.counter(
-            "steps_after_cancel", "Steps that cancelled requests took part in although launched after the cancel."
-        )
-        self._worst_late_steps = metrics.gauge(
-            "steps_after_cancel_max", "The most steps that one cancelled request took part in after its cancel."
-        )
-        self._checks = metrics.counter("integrity_checks", "Checks of the block pool's books, when idle.")
-        self._failed_checks = metrics.counter("integrity_failures", "Checks that found the books wrong: our own bug.")
+        super().__init__(metrics)
         self._queued = metrics.gauge("queued_prefill_tokens", "Prompt tokens accepted and not yet computed.")
         self._sending = metrics.gauge("num_requests_sending", "Requests computed and held until the transfer is over.")
-        self._seen = (0,) * 7
 
-    def step(self, batch: Batch, seconds: float) -> None:
-        """One step is over."""
-        self._metrics.iteration_tokens_total.observe(batch.num_tokens)
-        self._step_seconds.observe(seconds)
-
-    def checked(self, right: bool) -> None:
-        """The books were checked."""
-        self._checks.inc()
-        if not right:
-            self._failed_checks.inc()
-
-    def observe(self, load: Load, counters: Counters) -> None:
+    def observe(self, load: Load, scheduler: Scheduler) -> None:
         """Sets the gauges and adds what was counted since the last call."""
-        metrics = self._metrics
+        metrics, counters = self._metrics, scheduler.counters
         metrics.num_requests_running.set(load.running_requests)
         metrics.num_requests_waiting.set(load.waiting_requests)
         metrics.kv_cache_usage_perc.set(1 - load.free_blocks / load.total_blocks)
-        self._worst_late_steps.set(counters.worst_steps_after_cancel)
         self._queued.set(load.queued_prefill_tokens)
         self._sending.set(load.sending_requests)
-        now = (
-            counters.prompt_tokens,
-            counters.cached_tokens,
-            counters.cached_tokens,
-            counters.queried_tokens,
-            counters.generated_tokens,
-            counters.cancelled,
-            counters.steps_after_cancel,
+        own = (
+            (metrics.prefix_cache_hits, counters.cached_tokens),
+            (metrics.prefix_cache_queries, counters.queried_tokens),
         )
-        targets = (
-            metrics.prompt_tokens,
-            metrics.prompt_tokens_cached,
-            metrics.prefix_cache_hits,
-            metrics.prefix_cache_queries,
-            metrics.generation_tokens,
-            self._cancelled,
-            self._late_steps,
-        )
-        for target, value, before in zip(targets, now, self._seen, strict=True):
-            if value > before:
-                target.inc(value - before)
-        self._seen = now
+        self.count(counters, own)
 
     def started(self, prompt_tokens: int, queued_seconds: float) -> None:
         """A request left the queue."""
@@ -82,13 +43,8 @@ class StepMetrics:
 
     def transferred(self, size: int, seconds: float) -> None:
         """A transfer was committed: the request's end here. Dashboards know a prefill's end as "length"."""
-        self._metrics.nixl_bytes_transferred.inc(size)
-        self._metrics.nixl_xfer_time_seconds.observe(seconds)
+        super().transferred(size, seconds)
         self._metrics.request_success.inc(finished_reason="length")
-
-    def transfer_failed(self) -> None:
-        """A transfer ended with an error."""
-        self._metrics.nixl_num_failed_transfers.inc()
 
     def expired(self) -> None:
         """A request ended before its transfer did: cancelled, or out of time."""

@@ -12,7 +12,8 @@ from enum import Enum
 
 from engine.batch import SampleSpec
 from engine.block_table import BlockTable
-from tandem.record import OutputState, Record
+from tandem.record import Record
+from worker.stopping import stop_ids, suppressed
 
 
 class State(Enum):
@@ -63,7 +64,7 @@ def tokens_to_prefill(record: Record) -> list[int]:
 
 def first_samples(record: Record, eos_token_ids: tuple[int, ...]) -> list[SampleSpec]:
     """One per output whose next token follows the prefilled tokens: the only output, or each without a token."""
-    only = len(record.outputs) == 1
+    only, stops = len(record.outputs) == 1, stop_ids(record, eos_token_ids)
     return [
         SampleSpec(
             index=index,
@@ -71,18 +72,9 @@ def first_samples(record: Record, eos_token_ids: tuple[int, ...]) -> list[Sample
             position=len(output.token_ids),
             prompt=record.prompt,
             output=output.token_ids,
-            suppress=suppressed(record, output, eos_token_ids),
+            suppress=suppressed(record, output, stops),
             logprobs=record.logprobs,
         )
         for index, output in enumerate(record.outputs)
         if output.finish_reason is None and (only or not output.token_ids)
     ]
-
-
-def suppressed(record: Record, output: OutputState, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """Ids banned from the next token: what would stop the output before `min_tokens`. Decode has the same rule."""
-    stopping = record.stopping
-    if len(output.token_ids) >= stopping.min_tokens:
-        return ()
-    eos = () if stopping.ignore_eos else eos_token_ids
-    return tuple(sorted({*stopping.stop_token_ids, *eos}))

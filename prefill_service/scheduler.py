@@ -22,10 +22,11 @@ from engine.block_table import BlockTable
 from engine.prefix import block_hashes, prefix_root
 from prefill_service.admission import check_fits_at_all, check_record
 from prefill_service.config import MOST_PRIORITY, SchedulerConfig
-from prefill_service.events import Admission, Computed, Counters, Event, Failed, Load, Sampled, Started
+from prefill_service.events import Admission, Computed, Counters, Event, Load, Sampled, Started
 from prefill_service.request import Request, State, first_samples, tokens_to_prefill
 from tandem.errors import InternalError, OverloadedError, TandemError
 from tandem.record import Record, TokenDelta
+from worker.events import Failed
 
 
 class Scheduler:
@@ -235,10 +236,7 @@ class Scheduler:
         if request is None:
             return
         if request.state in (State.WAITING, State.PREFILLING):
-            self.counters.cancelled += 1
-            late = max(0, request.last_step - (self.steps if posted_step is None else posted_step))
-            self.counters.steps_after_cancel += late
-            self.counters.worst_steps_after_cancel = max(self.counters.worst_steps_after_cancel, late)
+            self.counters.count_cancel(request.last_step, self.steps if posted_step is None else posted_step)
             self._dequeue(request)
         if request.aboard:
             request.released = True

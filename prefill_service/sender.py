@@ -20,13 +20,13 @@ import grpc
 
 from kv_transfer.messages import Ack, Committed, Opened
 from kv_transfer.session import SendSession
-from prefill_service import messages
 from prefill_service.blame import TARGET_PROTOCOL, lost, target_error
 from prefill_service.channels import Channels
 from tandem.errors import InternalError, InvalidRequestError
 from tandem.record import Record
 from tandem.service.call_status import CallStatus
 from tandem.v1 import kv_transfer_pb2
+from worker import transfer_messages as messages
 
 METHOD = "/tandem.v1.KvTransferService/Transfer"
 _T = TypeVar("_T")
@@ -131,7 +131,7 @@ class Transfer:
         return None
 
     async def _write(self, call: Any) -> None:
-        await call.write(await self._in_thread(lambda: messages.open_to_bytes(self._session.open())))
+        await call.write(await self._in_thread(self._open))
         while True:
             self._news.clear()
             offer = await self._in_thread(self._next_offer)
@@ -145,6 +145,10 @@ class Transfer:
             else:
                 await self._news.wait()
 
+    def _open(self) -> bytes:
+        """Serialized in a worker thread, like what follows: it must not cost the event loop's time."""
+        return messages.open_to_pb(self._session.open()).SerializeToString()
+
     def _next_offer(self) -> bytes | None:
         """In a worker thread, one at a time."""
         end = self._ready_end
@@ -152,10 +156,10 @@ class Transfer:
             self._session.ready(end, self._blocks)
             self._taken_end = end
         offer = self._session.next_offer()
-        return None if offer is None else messages.offer_to_bytes(offer)
+        return None if offer is None else messages.offer_to_pb(offer).SerializeToString()
 
     def _commit(self, record: Record) -> bytes:
-        return messages.commit_to_bytes(self._session.commit(record))
+        return messages.commit_to_pb(self._session.commit(record)).SerializeToString()
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)

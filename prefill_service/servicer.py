@@ -1,4 +1,4 @@
-"""PrefillService: one call per request, which is the request's lease here. Protobuf stops in this file and `messages`.
+"""PrefillService: one call per request, which is the request's lease here. Protobuf stops in this file.
 
 Life of a `Prefill` call: checks -> into the engine's queue, Accepted -> the transfer to the decode worker runs beside
 (`sender`), Progress each second while the engine turns -> FirstTokens as soon as they are sampled -> Done when the
@@ -10,25 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 
-from prefill_service import messages
 from prefill_service.events import Admission
 from prefill_service.job import Job
 from prefill_service.sender import TransferResult
 from prefill_service.worker import PrefillWorker, Target
-from tandem.errors import DrainingError
 from tandem.service import wire
 from tandem.service.logging import bind_request
 from tandem.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
+from worker import messages
 
 Context = grpc.aio.ServicerContext[Any, Any]
 PROGRESS_SECONDS = 1.0
-LOAD_INTERVAL = 0.05
-"""Least seconds between two loads to one watcher."""
-LOAD_BEAT = 1.0
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
@@ -104,23 +101,19 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.GetPrefillInfoRequest, context: Context
     ) -> prefill_pb2.GetPrefillInfoResponse:
         """What this worker is."""
-        return prefill_pb2.GetPrefillInfoResponse(info=messages.info_to_pb(self._worker.identity))
+        info = messages.info_to_pb(self._worker.identity, types_pb2.WORKER_ROLE_PREFILL)
+        return prefill_pb2.GetPrefillInfoResponse(info=info)
 
     async def WatchPrefillLoad(  # noqa: N802
         self, request: prefill_pb2.WatchPrefillLoadRequest, context: Context
     ) -> AsyncIterator[prefill_pb2.WatchPrefillLoadResponse]:
         """On change, at most 20 a second; at least one a second, as long as the engine turns."""
-        with self._worker.watching() as changed:
-            told_draining = False
-            while not self._worker.stopping:
-                changed.clear()
-                if self._worker.engine.alive or self._worker.draining != told_draining:
-                    told_draining = self._worker.draining
-                    yield prefill_pb2.WatchPrefillLoadResponse(load=load_to_pb(self._worker))
-                await asyncio.sleep(LOAD_INTERVAL)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), LOAD_BEAT - LOAD_INTERVAL)
-        raise DrainingError("this prefill worker has stopped", retry_after=0.0)
+        async with aclosing(self._worker.load_changes()) as changes:
+            async for _ in changes:
+                yield prefill_pb2.WatchPrefillLoadResponse(load=self._load())
+
+    def _load(self) -> types_pb2.WorkerLoad:
+        return messages.load_to_pb(self._worker, running_sequences=self._worker.engine.load.running_requests)
 
 
 def target_from_pb(message: prefill_pb2.TransferTarget) -> Target:
@@ -134,22 +127,6 @@ def target_from_pb(message: prefill_pb2.TransferTarget) -> Target:
         needed_end=message.needed_end,
         layout=messages.layout_from_pb(message.layout),
         transports=tuple(message.transports),
-    )
-
-
-def load_to_pb(worker: PrefillWorker) -> types_pb2.WorkerLoad:
-    """How busy this worker is now."""
-    load = worker.engine.load
-    return types_pb2.WorkerLoad(
-        incarnation=worker.identity.incarnation,
-        steps=worker.engine.steps,
-        running_sequences=load.running_requests,
-        waiting_requests=load.waiting_requests,
-        free_blocks=load.free_blocks,
-        total_blocks=load.total_blocks,
-        queued_prefill_tokens=load.queued_prefill_tokens,
-        draining=worker.draining,
-        prefill_tokens_per_second=worker.engine.prefill_rate,
     )
 
 

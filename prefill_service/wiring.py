@@ -1,31 +1,17 @@
-"""The prefill worker's process: load the engine, assemble, announce, serve until a signal, drain."""
+"""What is a prefill worker's own in its process (`worker.process`): memory that the transports can give away."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import secrets
-import sys
-from pathlib import Path
-
-from engine.config import resolve_engine_config
-from engine.loading import Engine, load_engine
-from engine.weights.checkpoint import read_config
-from kv_transfer.layout import KvLayout
+from engine.loading import Engine
 from kv_transfer.pool import LocalPool, PoolMemory, SharedPool
 from prefill_service.assembly import Parts, assemble
 from prefill_service.config import SchedulerConfig
-from prefill_service.flags import Flags
-from prefill_service.identity import WorkerIdentity
-from tandem.errors import ConfigError
-from tandem.service.logging import configure
-from tandem.service.metrics import Metrics, start_metrics_server
+from worker import loading, process
+from worker.flags import Flags
 
 
 def load(flags: Flags) -> tuple[Engine, PoolMemory]:
     """Load the model over memory that the transports can give away, and warm it up; blocking. Raises ConfigError."""
-    model_config = read_config(str(flags.engine["model"]))
     pools: list[PoolMemory] = []
 
     def make_pool(num_blocks: int, block_bytes: int) -> memoryview:
@@ -34,71 +20,22 @@ def load(flags: Flags) -> tuple[Engine, PoolMemory]:
         pools.append(pool)
         return pool.buffer
 
-    engine = load_engine(resolve_engine_config(flags.engine, model_config), make_pool)
-    engine.runner.warm_up()
+    engine = loading.load(flags, make_pool)
     return engine, pools[0]
 
 
 def parts_of(engine: Engine, memory: PoolMemory, flags: Flags, metrics_address: str) -> Parts:
     """A loaded engine's identity and limits."""
-    model, config = engine.model_config, engine.engine_config
-    layout = KvLayout(config.block_size, config.kv_dtype, model.num_layers, model.num_kv_heads, model.head_dim)
-    identity = WorkerIdentity(
-        incarnation=secrets.token_hex(8),
-        model_id=engine.model_id,
-        model_name=model.name or Path(config.model).stem,
-        layout=layout,
-        numerics_id=engine.numerics_id,
-        max_context=config.context_limit(model),
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-        transports=flags.transports,
-        total_blocks=config.num_blocks,
-        max_sequences=config.max_sequences,
-        architecture=model.architecture,
-        quantization=model.quantization,
-        metrics_address=metrics_address,
-    )
-    scheduler = SchedulerConfig(
-        max_step_tokens=config.max_step_tokens,
-        max_sequences=config.max_sequences,
-        max_context=identity.max_context,
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-        model_id=engine.model_id,
-        layout_id=layout.layout_id,
-        numerics_id=engine.numerics_id,
-    )
-    return Parts(identity, scheduler, engine.runner, memory, config.prefix_cache)
+    identity = loading.identity_of(engine, flags, metrics_address)
+    scheduler = SchedulerConfig(**loading.limits_of(engine, identity))
+    return Parts(identity, scheduler, engine.runner, memory, engine.engine_config.prefix_cache)
 
 
 async def serve(flags: Flags) -> int:
     """The whole life of the process. Returns its exit code; raises ConfigError at start."""
-    configure("prefill", flags.log_level)
-    engine, memory = await asyncio.to_thread(load, flags)
-    metrics = Metrics("prefill")
-    metrics_address = start_metrics_server(flags.metrics, metrics.registry)
-    assembly = assemble(parts_of(engine, memory, flags, metrics_address), flags.listen, metrics)
-    try:
-        address = await assembly.start()
-        announce(address, metrics_address, assembly.worker.identity.incarnation)
-        return await assembly.shell.run_until_signal(assembly.worker.drain, flags.drain_grace)
-    finally:
-        await assembly.close()
-
-
-def announce(address: str, metrics_address: str, incarnation: str) -> None:
-    """The one line on stdout that says where this worker serves. Raises ConfigError when nobody can read it."""
-    ready = {
-        "event": "ready",
-        "role": "prefill",
-        "address": address,
-        "metrics": metrics_address,
-        "pid": os.getpid(),
-        "incarnation": incarnation,
-    }
-    try:
-        sys.stdout.write(json.dumps(ready) + "\n")
-        sys.stdout.flush()
-    except OSError as exc:
-        raise ConfigError(f"can't announce on stdout: {exc}") from exc
+    return await process.serve(
+        "prefill",
+        flags,
+        lambda: load(flags),
+        lambda loaded, address, metrics: assemble(parts_of(*loaded, flags, address), flags.listen, metrics),
+    )

@@ -15,12 +15,10 @@ from decode_scheduling import VOCAB
 
 from decode_service.assembly import Assembly, Parts, assemble
 from decode_service.config import SchedulerConfig
-from decode_service.messages import layout_to_pb
-from decode_service.worker import WorkerIdentity
 from engine.batch import Batch, SampleSpec, Slice, StepOutput, StepRunner
 from engine.fake import SLOT_BYTES, FakeRunner
 from kv_transfer.layout import KvLayout
-from kv_transfer.messages import Ack, Committed, Offer, Open, Opened
+from kv_transfer.messages import Ack, Committed, Opened
 from kv_transfer.pool import LocalPool, SharedPool
 from kv_transfer.registry import source_transport
 from kv_transfer.session import Sender, SendSession
@@ -28,7 +26,9 @@ from tandem.record import OutputState, Record, SamplingParams, StopRules, TokenD
 from tandem.service import wire
 from tandem.service.channel import open_channel
 from tandem.service.metrics import Metrics
-from tandem.v1 import decode_pb2, decode_pb2_grpc, kv_transfer_pb2, kv_transfer_pb2_grpc
+from tandem.v1 import decode_pb2, decode_pb2_grpc, kv_transfer_pb2_grpc
+from worker.identity import WorkerIdentity
+from worker.transfer_messages import commit_to_pb, offer_to_pb, open_to_pb
 
 BLOCK = 4
 LAYOUT = KvLayout(BLOCK, "float32", 1, 1, 2)
@@ -249,11 +249,7 @@ class FakePrefill:
         while (offer := session.next_offer()) is not None:
             await call.write(offer_to_pb(offer))
             session.on_ack(Ack((await read(call)).ack.sequence))
-        commit = session.commit(done)
-        message = kv_transfer_pb2.TransferCommit(
-            offers=commit.offers, token_end=commit.token_end, record=wire.record_to_pb(commit.record)
-        )
-        await call.write(kv_transfer_pb2.TransferRequest(commit=message))
+        await call.write(commit_to_pb(session.commit(done)))
         answer = (await read(call)).committed
         assert await call.read() is grpc.aio.EOF
         return session.on_committed(Committed(answer.already_committed))
@@ -276,35 +272,6 @@ async def read(call: Any) -> Answer:
 
 class TransferEnded(Exception):  # noqa: N818
     """The decode worker ended a transfer; args: code, reason."""
-
-
-def open_to_pb(message: Open) -> Any:
-    opening = kv_transfer_pb2.TransferOpen(
-        lease_id=message.lease_id,
-        attempt=message.attempt,
-        source_incarnation=message.source_incarnation,
-        target_incarnation=message.target_incarnation,
-        model_id=message.model_id,
-        numerics_id=message.numerics_id,
-        layout=layout_to_pb(message.layout),
-        transport=message.transport,
-        endpoint=message.endpoint,
-    )
-    return kv_transfer_pb2.TransferRequest(open=opening)
-
-
-def offer_to_pb(offer: Offer) -> Any:
-    return kv_transfer_pb2.TransferRequest(
-        offer=kv_transfer_pb2.TransferOffer(
-            sequence=offer.sequence,
-            token_start=offer.token_start,
-            token_end=offer.token_end,
-            blocks=offer.blocks,
-            generations=offer.generations,
-            payload=offer.payload,
-            checksums=offer.checksums,
-        )
-    )
 
 
 async def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -338,7 +305,7 @@ class Rig:
     async def all_free(self) -> None:
         """Waits until the worker holds nothing, then checks the books."""
         worker = self.assembly.worker
-        await eventually(lambda: not worker.open_streams and not len(worker.leases))
+        await eventually(lambda: not worker.open_calls and not len(worker.leases))
         # The last release was posted before; commands run in order.
         assert await worker.engine.call(len) == 0
         await worker.engine.call(lambda scheduler: scheduler.check_integrity())

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decode_service.config import SchedulerConfig
-from decode_service.events import Admission, Ended, Event, Failed, Finished, Tokens
+from decode_service.events import Admission, Ended, Event, Finished, Tokens
 from decode_service.scheduler import Scheduler
 from engine.batch import Batch, Slice, StepOutput
 from engine.block_pool import BlockPool
 from engine.fake import FakeRunner
 from tandem.errors import TandemError
 from tandem.record import FinishReason, OutputState, Record, SamplingParams, StopRules
+from worker.events import Failed
 
 VOCAB = 97
 EOS = 0

@@ -10,11 +10,11 @@ import pytest
 from decode_scheduling import Driver, make_record
 
 from decode_service.engine_loop import EngineLoop
-from decode_service.events import Ended, Event, Failed, Finished, Load, Tokens
-from decode_service.scheduler import Scheduler
+from decode_service.events import Ended, Event, Finished, Load, Tokens
 from decode_service.streams import OutputStream, Pulse, Retargeted
-from tandem.errors import InternalError, OverloadedError, TandemError, UnavailableError
+from tandem.errors import InternalError, OverloadedError, TandemError
 from tandem.record import FinishReason, TokenDelta
+from worker.events import Failed
 
 
 class Bench:
@@ -26,7 +26,7 @@ class Bench:
         self.loads: list[Load] = []
         self.news = asyncio.Event()
         self.engine = EngineLoop(
-            self.driver.scheduler, self.driver.runner, on_events=self.take, on_load=self.loads.append
+            "engine", self.driver.scheduler, self.driver.runner, on_events=self.take, on_load=self.loads.append
         )
 
     def take(self, events: list[Event]) -> None:
@@ -63,18 +63,6 @@ async def test_events_and_loads_reach_the_event_loop() -> None:
         assert bench.engine.prefill_rate > 0
 
 
-async def test_a_command_s_error_is_its_caller_s() -> None:
-    async with running() as bench:
-
-        def fail(_scheduler: Scheduler) -> None:
-            raise OverloadedError("no")
-
-        with pytest.raises(OverloadedError):
-            await bench.engine.call(fail)
-        bench.engine.post(fail)
-        assert await bench.engine.call(len) == 0
-
-
 @pytest.mark.parametrize("broken", ["schedule", "update"])
 async def test_a_bug_of_the_scheduler_fails_everybody_and_the_thread_lives(
     broken: str, monkeypatch: pytest.MonkeyPatch
@@ -108,18 +96,6 @@ async def test_a_bug_between_two_steps_fails_everybody_and_the_thread_lives(monk
         await bench.until(Failed)
         assert bench.engine.alive
         assert await bench.engine.call(len) == 0
-
-
-async def test_a_stopped_engine_refuses() -> None:
-    async with running() as bench:
-        bench.driver.runner.fail_next = True
-        bench.engine._commands.put(None)
-        late = bench.engine.call(len)
-        await bench.engine.stop()
-        await bench.engine.stop()
-        late.cancel()
-        with pytest.raises(UnavailableError):
-            await bench.engine.call(len)
 
 
 async def test_commands_before_the_stop_are_answered() -> None:
@@ -170,6 +146,14 @@ async def test_a_full_stream_fails_and_stays_failed() -> None:
     with pytest.raises(OverloadedError) as caught:
         await stream.get()
     assert caught.value.reason == "SLOW_READER"
+
+
+async def test_answers_nobody_takes_are_bounded_too() -> None:
+    stream = OutputStream(limit=3)
+    for attempt in range(4):
+        stream.answer(Retargeted(attempt, committed=True))
+    with pytest.raises(OverloadedError):
+        await stream.get()
 
 
 async def test_taking_makes_room() -> None:

@@ -16,8 +16,6 @@ from decode_rig import (
     FakePrefill,
     TransferEnded,
     expected_tokens,
-    offer_to_pb,
-    open_to_pb,
     read,
     read_raw,
     reason_of,
@@ -30,6 +28,7 @@ from kv_transfer.messages import Opened
 from tandem.record import OutputState, TokenLogprobs
 from tandem.service import pulse
 from tandem.v1 import decode_pb2, kv_transfer_pb2
+from worker.transfer_messages import offer_to_pb, open_to_pb
 
 TRANSPORTS = ("memory", "shm", "grpc")
 
@@ -386,7 +385,7 @@ async def test_drain_hands_back_what_does_not_finish() -> None:
         assert got == expected_tokens(record_of(5, max_tokens=len(got)))
         await drain
         assert rig.assembly.pool.num_free == rig.assembly.pool.num_blocks
-        assert rig.assembly.worker.open_streams == 0
+        assert rig.assembly.worker.open_calls == 0
 
 
 async def test_info() -> None:

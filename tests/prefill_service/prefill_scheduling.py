@@ -9,10 +9,11 @@ from engine.batch import Batch
 from engine.block_pool import BlockPool
 from engine.fake import FakeRunner
 from prefill_service.config import SchedulerConfig
-from prefill_service.events import Admission, Computed, Event, Failed, Sampled, Started
+from prefill_service.events import Admission, Computed, Event, Sampled, Started
 from prefill_service.scheduler import Scheduler
 from tandem.errors import TandemError
 from tandem.record import OutputState, Record, SamplingParams, StopRules, TokenDelta
+from worker.events import Failed
 
 VOCAB = 97
 EOS = 0

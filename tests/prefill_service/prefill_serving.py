@@ -22,8 +22,6 @@ from kv_transfer.registry import target_transport
 from kv_transfer.session import Receiver, ReceiveSession
 from prefill_service.assembly import Assembly, Parts, assemble
 from prefill_service.config import SchedulerConfig
-from prefill_service.identity import WorkerIdentity
-from prefill_service.messages import layout_to_pb
 from tandem.errors import TandemError
 from tandem.record import Record
 from tandem.service import wire
@@ -33,6 +31,9 @@ from tandem.service.server import ServerShell
 from tandem.service.status import from_rpc_error
 from tandem.v1 import kv_transfer_pb2 as kv_pb
 from tandem.v1 import kv_transfer_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from worker.identity import WorkerIdentity
+from worker.messages import layout_to_pb
+from worker.transfer_messages import answer_to_pb, commit_from_pb, offer_from_pb, open_from_pb
 
 BLOCK_SIZE = 4
 MODEL = "model-1"
@@ -132,30 +133,26 @@ class FakeDecode(kv_transfer_pb2_grpc.KvTransferServiceServicer):
     async def _handle(self, session: ReceiveSession, request: kv_pb.TransferRequest, context: Any) -> bool:
         kind = request.WhichOneof("event")
         if kind == "open":
-            self.opens.append(_open(request.open))
+            self.opens.append(open_from_pb(request.open))
             if self.answer_open is not None:
                 for answer in await self.answer_open():
                     await context.write(answer)
                 return True
             opened = await asyncio.to_thread(session.on_open, self.opens[-1])
-            answer = kv_pb.TransferOpened(needed_start=opened.needed_start, needed_end=opened.needed_end)
-            await context.write(kv_pb.TransferResponse(opened=answer))
+            await context.write(answer_to_pb(opened))
         elif kind == "offer":
-            offer = _offer(request.offer)
+            offer = offer_from_pb(request.offer)
             self.offers.append(offer)
             if self.on_offer is not None:
                 await self.on_offer(offer)
             ack = await asyncio.to_thread(session.copy, session.on_offer(offer))
-            await context.write(kv_pb.TransferResponse(ack=kv_pb.TransferAck(sequence=ack.sequence)))
+            await context.write(answer_to_pb(ack))
         else:
-            message = request.commit
-            commit = Commit(message.offers, message.token_end, wire.record_from_pb(message.record))
+            commit = commit_from_pb(request.commit)
             self.commits.append(commit)
             if self.on_commit is not None:
                 await self.on_commit(commit)
-            committed = await asyncio.to_thread(session.on_commit, commit)
-            done = kv_pb.TransferCommitted(already_committed=committed.already_committed)
-            await context.write(kv_pb.TransferResponse(committed=done))
+            await context.write(answer_to_pb(await asyncio.to_thread(session.on_commit, commit)))
             return True
         return False
 
@@ -171,36 +168,6 @@ class FakeDecode(kv_transfer_pb2_grpc.KvTransferServiceServicer):
         table = [*free[:prefix_blocks], *lease.blocks, free[-1]]
         spec = SampleSpec(0, record.sampling, 1, [*tokens, 7], [8])
         runner.run(Batch([Slice("next", [7, 8], len(tokens), table, [spec])]))
-
-
-def _open(message: kv_pb.TransferOpen) -> Open:
-    theirs = message.layout
-    found = KvLayout(
-        theirs.block_size, theirs.dtype, theirs.num_layers, theirs.num_kv_heads, theirs.head_dim, theirs.order
-    )
-    return Open(
-        message.lease_id,
-        message.attempt,
-        message.source_incarnation,
-        message.target_incarnation,
-        message.model_id,
-        message.numerics_id,
-        found.check_wire(theirs.block_bytes, theirs.layout_id),
-        message.transport,
-        message.endpoint,
-    )
-
-
-def _offer(message: kv_pb.TransferOffer) -> Offer:
-    return Offer(
-        message.sequence,
-        message.token_start,
-        message.token_end,
-        tuple(message.blocks),
-        tuple(message.generations),
-        message.payload,
-        tuple(message.checksums),
-    )
 
 
 @dataclass
@@ -256,7 +223,7 @@ class Rig:
 
     async def settled(self) -> None:
         """Everything that a call held is free again."""
-        await until(lambda: self.assembly.worker.open_jobs == 0 and len(self.assembly.scheduler) == 0)
+        await until(lambda: self.assembly.worker.open_calls == 0 and len(self.assembly.scheduler) == 0)
         assert self.assembly.scheduler.pool.num_free == self.assembly.scheduler.pool.num_blocks
         self.assembly.scheduler.check_integrity()
         await until(lambda: self.decode.streams == 0)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,13 +9,12 @@ from prefill_scheduling import VOCAB, expected_tokens, make_record
 from prefill_serving import GatedRunner, until
 
 from engine.block_pool import BlockPool
-from prefill_service import engine_loop
 from prefill_service.config import SchedulerConfig
 from prefill_service.engine_loop import EngineLoop
-from prefill_service.events import Event, Failed, Sampled
+from prefill_service.events import Event, Sampled
 from prefill_service.scheduler import Scheduler
-from tandem.errors import InternalError, InvalidRequestError, UnavailableError
-from tandem.service import pulse
+from tandem.errors import InvalidRequestError
+from worker.events import Failed
 
 
 class Bench:
@@ -28,7 +26,9 @@ class Bench:
         self.runner = GatedRunner(64, 4, vocab_size=VOCAB)
         self.events: list[Event] = []
         self.loads = 0
-        self.engine = EngineLoop(self.scheduler, self.runner, on_events=self.events.extend, on_load=self._count)
+        self.engine = EngineLoop(
+            "engine", self.scheduler, self.runner, on_events=self.events.extend, on_load=self._count
+        )
 
     def _count(self, _load: object) -> None:
         self.loads += 1
@@ -70,34 +70,6 @@ async def test_a_release_in_the_same_turn_comes_after_its_submit() -> None:
         await until(lambda: len(bench.scheduler) == 0 and bench.engine.load.free_blocks == 64)
 
 
-async def test_one_call_to_the_event_loop_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with running(chunk=4) as bench:
-        loop = asyncio.get_running_loop()
-        calls = 0
-        deliver = bench.engine._deliver
-
-        def counting(*arguments: Any) -> None:
-            nonlocal calls
-            calls += 1
-            deliver(*arguments)
-
-        monkeypatch.setattr(bench.engine, "_deliver", counting)
-        bench.runner.hold()
-        keys = [f"k{i}" for i in range(3)]
-        first = bench.engine.submit("first", make_record(4, seed=9))
-        await until(bench.runner.waiting.is_set)
-        await first
-        others = [bench.engine.submit(key, make_record(8, seed=i)) for i, key in enumerate(keys)]
-        await until(lambda: bench.engine._commands.qsize() == 3)
-        calls = 0
-        bench.runner.free()
-        await asyncio.gather(*others)
-        await until(lambda: all(bench.of(key, Sampled) for key in keys))
-        assert bench.engine.steps == 7
-        assert calls == 7, "answers, events and starts of a turn go together"
-        assert loop.is_running()
-
-
 async def test_a_poison_step_fails_those_aboard_only() -> None:
     async with running(chunk=4) as bench:
         bench.runner.hold()
@@ -110,14 +82,6 @@ async def test_a_poison_step_fails_those_aboard_only() -> None:
         await until(lambda: bool(bench.of("other", Sampled)))
         assert "on fire" in bench.of("poison", Failed)[0].error.message
         assert bench.of("other", Failed) == []
-
-
-async def test_a_tandem_error_of_a_step_is_kept() -> None:
-    async with running() as bench:
-        bench.runner.run = _raise(InternalError("shadow"))
-        await bench.engine.submit("a", make_record(4, seed=1))
-        await until(lambda: bool(bench.of("a", Failed)))
-        assert bench.of("a", Failed)[0].error.message == "shadow"
 
 
 @pytest.mark.parametrize("method", ["schedule", "update", "load"])
@@ -174,67 +138,3 @@ async def test_a_submission_nobody_waits_for_any_more() -> None:
         bench.engine.release("a")
         await until(lambda: bench.engine.load.free_blocks == 64 and len(bench.scheduler) == 0)
         assert bench.of("b", Sampled) == []
-
-
-async def test_after_stop_commands_are_refused() -> None:
-    async with running() as bench:
-        await bench.engine.stop()
-        assert not bench.engine.alive
-        with pytest.raises(UnavailableError):
-            await bench.engine.submit("a", make_record(4))
-        bench.engine.release("a")
-        await bench.engine.stop()
-
-
-async def test_stop_without_start() -> None:
-    bench = Bench()
-    await bench.engine.stop()
-    assert not bench.engine.alive
-
-
-async def test_commands_before_the_stop_are_answered() -> None:
-    async with running() as bench:
-        bench.runner.hold()
-        await bench.engine.submit("a", make_record(4, seed=1))
-        await until(bench.runner.waiting.is_set)
-        waiting = bench.engine.submit("b", make_record(4, seed=2))
-        await until(lambda: bench.engine._commands.qsize() == 1)
-        stopping = asyncio.ensure_future(bench.engine.stop())
-        await until(lambda: bench.engine._commands.qsize() == 2)
-        bench.runner.free()
-        await asyncio.gather(waiting, stopping)
-        await until(lambda: bool(bench.of("a", Sampled)))
-
-
-async def test_an_idle_engine_is_alive_and_a_stuck_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_loop, "IDLE_BEAT", 0.02)
-    monkeypatch.setattr(pulse, "STEP_SECONDS", 0.3)
-    monkeypatch.setattr(pulse, "TURN_SECONDS", 0.3)
-    async with running() as bench:
-        await bench.engine.submit("a", make_record(4, seed=1))
-        await until(lambda: bool(bench.of("a", Sampled)))
-        turned = bench.engine._pulse._mark[0]
-        await until(lambda: bench.engine._pulse._mark[0] > turned + 0.4)
-        assert bench.engine.alive, "it has nothing to do, but turns"
-        bench.runner.hold()
-        await bench.engine.submit("b", make_record(4, seed=2))
-        await until(lambda: not bench.engine.alive)
-        bench.runner.free()
-        await until(lambda: bench.engine.alive)
-
-
-def test_a_closed_event_loop_does_not_kill_the_thread() -> None:
-    async def start() -> Bench:
-        bench = Bench()
-        bench.engine.start()
-        bench.runner.hold()
-        await bench.engine.submit("a", make_record(4, seed=1))
-        await until(bench.runner.waiting.is_set)
-        return bench
-
-    bench = asyncio.run(start())
-    bench.runner.free()
-    bench.engine._commands.put(None)
-    bench.engine._thread.join(10)
-    assert not bench.engine._thread.is_alive()
-    assert bench.scheduler.load().sending_requests == 1, "the step was finished, though nobody heard of it"

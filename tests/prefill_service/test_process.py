@@ -22,12 +22,14 @@ from prefill_service.__main__ import main
 from prefill_service.blame import target_error
 from prefill_service.channels import Channels
 from prefill_service.flags import parse_flags
-from prefill_service.messages import layout_to_pb
-from tandem.errors import ConfigError, DeadlineError, RequestCancelledError, UnavailableError
-from tandem.service import wire
+from tandem.errors import ConfigError, DeadlineError, DrainingError, RequestCancelledError, UnavailableError
+from tandem.record import Record
+from tandem.service import pulse, wire
 from tandem.service.call_status import CallStatus
 from tandem.service.channel import open_channel
 from tandem.v1 import prefill_pb2, prefill_pb2_grpc
+from worker import process as worker_process
+from worker.messages import layout_to_pb
 
 
 def test_flags_become_settings() -> None:
@@ -96,6 +98,20 @@ def fake_engine(num_blocks: int = 32) -> tuple[Any, Any]:
     return engine, memory
 
 
+def prefill_request(decode: FakeDecode, record: Record, incarnation: str) -> prefill_pb2.PrefillRequest:
+    """A request to send to `decode`."""
+    lease = decode.grant(record)
+    target = prefill_pb2.TransferTarget(
+        lease_id=lease.lease_id,
+        address=decode.address,
+        incarnation=decode.incarnation,
+        needed_end=lease.needed_end,
+        layout=layout_to_pb(layout()),
+        transports=["shm"],
+    )
+    return prefill_pb2.PrefillRequest(record=wire.record_to_pb(record), incarnation=incarnation, target=target)
+
+
 async def test_sigterm_drains_and_exits_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     engine, memory = fake_engine()
     monkeypatch.setattr(wiring, "load", lambda _flags: (engine, memory))
@@ -122,19 +138,7 @@ async def test_sigterm_drains_and_exits_0(monkeypatch: pytest.MonkeyPatch, capsy
             ready["incarnation"],
         )
         engine.runner.hold()
-        record = record_of(9, seed=1)
-        lease = decode.grant(record)
-        target = prefill_pb2.TransferTarget(
-            lease_id=lease.lease_id,
-            address=decode.address,
-            incarnation=decode.incarnation,
-            needed_end=9,
-            layout=layout_to_pb(layout()),
-            transports=["shm"],
-        )
-        request = prefill_pb2.PrefillRequest(
-            record=wire.record_to_pb(record), incarnation=info.incarnation, target=target
-        )
+        request = prefill_request(decode, record_of(9, seed=1), info.incarnation)
         call = asyncio.create_task(collect(stub.Prefill(request)))
         await until(engine.runner.waiting.is_set)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -149,13 +153,42 @@ async def test_sigterm_drains_and_exits_0(monkeypatch: pytest.MonkeyPatch, capsy
     await decode.stop()
 
 
+async def test_sigterm_ends_a_worker_whose_engine_hangs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pulse, "STEP_SECONDS", 0.5)
+    engine, memory = fake_engine()
+    monkeypatch.setattr(wiring, "load", lambda _flags: (engine, memory))
+    decode = FakeDecode()
+    await decode.start()
+    flags = parse_flags(["--model", "m", "--log-level", "warning", "--drain-grace", "0.2"])
+    process = asyncio.create_task(wiring.serve(flags))
+    lines: list[str] = []
+    await until(lambda: bool(lines.extend(capsys.readouterr().out.splitlines()) or lines) or process.done())
+    ready = json.loads(lines[0])
+    try:
+        async with open_channel(ready["address"]) as channel:
+            stub: Any = prefill_pb2_grpc.PrefillServiceStub(channel)
+            engine.runner.hold()
+            request = prefill_request(decode, record_of(9, seed=1), ready["incarnation"])
+            call = asyncio.create_task(collect(stub.Prefill(request)))
+            await until(engine.runner.waiting.is_set)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(DrainingError):
+                await call
+        assert await asyncio.wait_for(process, 10) == 0
+    finally:
+        engine.runner.free()
+        await decode.stop()
+
+
 async def test_announcing_to_nobody_is_a_start_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_text: str) -> None:
         raise BrokenPipeError("nobody reads")
 
     monkeypatch.setattr("sys.stdout", SimpleNamespace(write=broken))
     with pytest.raises(ConfigError, match="nobody reads"):
-        wiring.announce("127.0.0.1:1", "127.0.0.1:2", "x")
+        worker_process.announce("prefill", "127.0.0.1:1", "127.0.0.1:2", "x")
 
 
 async def test_idle_channels_are_bounded() -> None:

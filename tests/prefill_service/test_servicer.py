@@ -141,7 +141,7 @@ async def test_unacknowledged_offers_are_bounded() -> None:
         rig.runner.hold()
         call = asyncio.create_task(rig.prefill(rig.request(record_of(80, seed=1), transports=("grpc",))))
         await until(rig.runner.waiting.is_set)
-        job = next(iter(rig.assembly.worker._jobs.values()))
+        job = next(iter(rig.assembly.worker._calls.values()))
         for offers in range(1, WINDOW + 1):
             rig.runner.permit()
             await until(lambda offers=offers: job._transfer._session.unacknowledged == offers)

@@ -45,7 +45,7 @@ async def test_cancel_frees_everything(moment: str) -> None:
         steps = len(rig.runner.batches)
         for one in calls:
             one.cancel()
-        await until(lambda: rig.assembly.worker.open_jobs == 0)
+        await until(lambda: rig.assembly.worker.open_calls == 0)
         rig.runner.free()
         await rig.settled()
         assert len(rig.runner.batches) <= steps + 1

@@ -1,4 +1,4 @@
-"""What a prefill worker is."""
+"""What a worker is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WorkerIdentity:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     transports: tuple[str, ...]
-    """By which it can send, best first."""
+    """By which it can send or receive, best first."""
     total_blocks: int
     max_sequences: int
     architecture: str = ""

@@ -1,0 +1,121 @@
+"""Moments at which two ends of a request meet: none may turn a good end into an error, or leave somebody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import grpc
+import pytest
+from decode_rig import (
+    FakePrefill,
+    TransferEnded,
+    eventually,
+    expected_tokens,
+    read,
+    record_of,
+    running_rig,
+)
+
+from decode_service import transfer_servicer
+from kv_transfer.messages import Committed
+from tandem.record import FinishReason
+from tandem.service import wire
+from tandem.v1 import decode_pb2
+from worker.transfer_messages import open_to_pb
+
+
+async def read_to_end(transfer: Any) -> None:
+    """Raises TransferEnded."""
+    while True:
+        await read(transfer)
+
+
+async def test_outputs_that_came_finished_are_told_before_the_end() -> None:
+    async with running_rig() as rig:
+        for seed in range(20):
+            whole = [expected_tokens(record_of(6, max_tokens=5, n=2, seed=seed), index) for index in (0, 1)]
+            outputs = [whole[0], whole[1][:4]]
+            call = await rig.call(record_of(6, max_tokens=5, n=2, seed=seed, outputs=outputs))
+            output = await call.read_to_end()
+            assert sorted(output.finished) == [0, 1]
+            assert output.ids(1) == whole[1][4:]
+        await rig.all_free()
+
+
+async def test_a_request_that_ends_at_once_does_not_spoil_its_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_rig() as rig:
+        sender = FakePrefill(rig, "memory")
+        call = await rig.call(record_of(9, max_tokens=1), local=False)
+        answer = transfer_servicer._Transfer._answer
+
+        async def slowly(self: Any, message: Any) -> None:
+            if isinstance(message, Committed):
+                await eventually(lambda: rig.assembly.worker.open_calls == 0)
+                await asyncio.sleep(0.05)  # time enough to be told that the lease is over
+            await answer(self, message)
+
+        monkeypatch.setattr(transfer_servicer._Transfer, "_answer", slowly)
+        sending = asyncio.create_task(sender.send(call.admitted, call.record))
+        assert (await call.read_to_end()).ids() == expected_tokens(call.record)
+        assert await sending, "it did commit"
+        await rig.all_free()
+        assert rig.value("tandem_nixl_num_failed_transfers_total") == 0
+
+
+async def test_a_retarget_while_the_sender_connects_ends_its_silent_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_rig(num_blocks=512, pace=0.01) as rig:
+        sender = FakePrefill(rig, "memory")
+        call = await rig.call(record_of(9, max_tokens=1500), local=False)
+        transport = rig.assembly.transfers._transports["memory"]
+        connect, connecting, go_on = transport.connect, threading.Event(), threading.Event()
+
+        def slowly(*arguments: Any) -> Any:
+            connecting.set()
+            go_on.wait(10)
+            return connect(*arguments)
+
+        monkeypatch.setattr(transport, "connect", slowly)
+        transfer = rig.transfers.Transfer()
+        await transfer.write(open_to_pb(sender.session(call.admitted).open()))
+        await asyncio.to_thread(connecting.wait, 10)
+        await call.retarget(1, local=True)
+        go_on.set()
+        with pytest.raises(TransferEnded) as ended:
+            await asyncio.wait_for(read_to_end(transfer), 5)
+        assert ended.value.args == (grpc.StatusCode.ABORTED, "ATTEMPT_SUPERSEDED")
+        assert rig.assembly.worker.open_calls == 1, "the request goes on"
+        call.call.cancel()
+        await rig.all_free()
+
+
+async def test_a_commit_behind_a_finish_does_not_fail_the_finished_request() -> None:
+    async with running_rig() as rig:
+        sender = FakePrefill(rig, "memory")
+        call = await rig.call(record_of(9), local=False)
+        rig.runner.gate.clear()
+        busy = await rig.call(record_of(4, seed=2))
+        await asyncio.to_thread(rig.runner.stuck.wait)
+        commands = rig.assembly.worker.engine._commands
+        await call.finish(0)
+        await eventually(lambda: commands.qsize() == 1)
+        sending = asyncio.create_task(sender.send(call.admitted, call.record))
+        await eventually(lambda: commands.qsize() == 2)
+        rig.runner.gate.set()
+        output = await call.read_to_end()
+        assert output.finished == {0: wire.finish_reason_to_pb(FinishReason.STOP)}
+        with pytest.raises(TransferEnded):
+            await sending
+        await busy.read_to_end()
+        await rig.all_free()
+
+
+async def test_a_retarget_after_a_local_start_changes_nothing() -> None:
+    async with running_rig(num_blocks=256, pace=0.001) as rig:
+        call = await rig.call(record_of(13, max_tokens=100), local=False)
+        assert (await call.retarget(1, local=True)).status == decode_pb2.RETARGET_STATUS_ACCEPTED
+        for local in (False, True):
+            assert (await call.retarget(2, local=local)).status == decode_pb2.RETARGET_STATUS_COMMITTED
+        assert (await call.read_to_end()).ids() == expected_tokens(call.record)
+        await rig.all_free()

@@ -1,0 +1,97 @@
+"""The flags that every worker has. A bad one raises ConfigError with its name; nothing is started then."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from kv_transfer.registry import available
+from tandem.errors import ConfigError
+from tandem.service import address as addresses
+from tandem.service.logging import LEVELS
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """Everything that the command line says; `engine` goes to `engine.config.resolve_engine_config`."""
+
+    listen: str
+    metrics: str
+    engine: dict[str, object]
+    transports: tuple[str, ...]
+    drain_grace: float
+    log_level: str
+
+
+class Parser(argparse.ArgumentParser):
+    """The common flags of `python -m MODULE`; a room adds its own with `add_argument`."""
+
+    def __init__(self, module: str, description: str, *, callers: str, chunk: str, sequences: str) -> None:
+        """`callers`, `chunk` and `sequences` are the help of --listen, --chunk-size and --max-sequences."""
+        super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False)
+        add = self.add_argument
+        add("--model", required=True, metavar="PATH", help="a GGUF file or a Hugging Face folder")
+        add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help=callers)
+        add("--metrics", default="127.0.0.1:0", metavar="HOST:PORT", help="where /metrics is served")
+        add("--compute", default="auto", help="auto, exact or bf16")
+        add("--dtype", default="auto", help="of the weights: auto, float32 or bfloat16")
+        add("--kv-dtype", default="auto", help="of the KV cache: auto, float32 or bfloat16")
+        add("--block-size", type=int, metavar="TOKENS", help="tokens a KV block")
+        add("--num-blocks", type=int, metavar="N", help="KV blocks; or --kv-memory")
+        add("--kv-memory", type=int, metavar="BYTES", help="memory of the KV cache")
+        add("--chunk-size", type=int, metavar="TOKENS", help=chunk)
+        add("--max-sequences", type=int, metavar="N", help=sequences)
+        add("--transport", metavar="NAME", help="shm or grpc; default: whatever this machine can, best first")
+        add("--no-prefix-cache", action="store_true", help="keep no blocks of finished requests")
+        add("--threads", type=int, metavar="N", help="compute threads")
+        add("--drain-grace", type=float, default=30.0, metavar="SECONDS", help="time to finish requests after SIGTERM")
+        add("--log-level", default="info", help=", ".join(LEVELS))
+
+    def error(self, message: str) -> NoReturn:
+        """One line for the caller to print, in place of argparse's usage and exit."""
+        raise ConfigError(message)
+
+
+def common(values: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Flags`. Raises ConfigError; values of the engine are checked where they are resolved."""
+    addresses.parse(values.listen, flag="--listen")
+    addresses.parse(values.metrics, flag="--metrics")
+    if not 0 <= values.drain_grace < float("inf"):
+        raise ConfigError(f"--drain-grace: must be 0 or more seconds, got {values.drain_grace:g}")
+    if values.log_level not in LEVELS:
+        raise ConfigError(f"--log-level: {values.log_level!r} is not one of {', '.join(LEVELS)}")
+    return {
+        "listen": values.listen,
+        "metrics": values.metrics,
+        "engine": _engine(values),
+        "transports": _transports(values.transport),
+        "drain_grace": values.drain_grace,
+        "log_level": values.log_level,
+    }
+
+
+def _engine(values: argparse.Namespace) -> dict[str, object]:
+    return {
+        "model": values.model,
+        "compute": values.compute,
+        "dtype": values.dtype,
+        "kv_dtype": values.kv_dtype,
+        "block_size": values.block_size,
+        "num_blocks": values.num_blocks,
+        "kv_memory": values.kv_memory,
+        "max_step_tokens": values.chunk_size,
+        "max_sequences": values.max_sequences,
+        "prefix_cache": not values.no_prefix_cache,
+        "threads": values.threads,
+    }
+
+
+def _transports(wanted: str | None) -> tuple[str, ...]:
+    """What this worker may use, best first. The network always works; shared memory is left out by `grpc`."""
+    here = available()
+    if wanted is None:
+        return tuple(here)
+    if wanted not in here:
+        raise ConfigError(f"--transport: {wanted!r} is not available here; available are {', '.join(here)}")
+    return tuple(here[here.index(wanted) :])

@@ -1,0 +1,57 @@
+"""A loaded engine and what it is. The one module of this room that imports torch."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+from engine.config import resolve_engine_config
+from engine.loading import BufferFactory, Engine, load_engine
+from engine.weights.checkpoint import read_config
+from kv_transfer.layout import KvLayout
+from worker.flags import Flags
+from worker.identity import WorkerIdentity
+
+
+def load(flags: Flags, make_buffer: BufferFactory | None = None) -> Engine:
+    """Load the model and warm it up; blocking. `make_buffer` gives the KV cache's memory. Raises ConfigError."""
+    model_config = read_config(str(flags.engine["model"]))
+    engine = load_engine(resolve_engine_config(flags.engine, model_config), make_buffer)
+    engine.runner.warm_up()
+    return engine
+
+
+def identity_of(engine: Engine, flags: Flags, metrics_address: str) -> WorkerIdentity:
+    """A new incarnation of a worker around `engine`."""
+    model, config = engine.model_config, engine.engine_config
+    return WorkerIdentity(
+        incarnation=secrets.token_hex(8),
+        model_id=engine.model_id,
+        model_name=model.name or Path(config.model).stem,
+        layout=KvLayout(config.block_size, config.kv_dtype, model.num_layers, model.num_kv_heads, model.head_dim),
+        numerics_id=engine.numerics_id,
+        max_context=config.context_limit(model),
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        transports=flags.transports,
+        total_blocks=config.num_blocks,
+        max_sequences=config.max_sequences,
+        architecture=model.architecture,
+        quantization=model.quantization,
+        metrics_address=metrics_address,
+    )
+
+
+def limits_of(engine: Engine, identity: WorkerIdentity) -> dict[str, Any]:
+    """The fields of `EngineLimits`."""
+    return {
+        "max_step_tokens": engine.engine_config.max_step_tokens,
+        "max_sequences": identity.max_sequences,
+        "max_context": identity.max_context,
+        "vocab_size": identity.vocab_size,
+        "eos_token_ids": identity.eos_token_ids,
+        "model_id": identity.model_id,
+        "layout_id": identity.layout.layout_id,
+        "numerics_id": identity.numerics_id,
+    }

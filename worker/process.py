@@ -1,0 +1,72 @@
+"""A worker's process: parse flags, load the engine, assemble, announce, serve until a signal, drain.
+
+Torch-free: a wrong flag is told before torch is imported. `serve` is given what loads and what assembles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from tandem.errors import ConfigError
+from tandem.service.logging import configure
+from tandem.service.metrics import Metrics, start_metrics_server
+from tandem.service.server import run
+from worker.assembly import Assembly
+from worker.flags import Flags
+
+F = TypeVar("F", bound=Flags)
+T = TypeVar("T")
+
+
+def main(
+    argv: Sequence[str] | None,
+    parse_flags: Callable[[Sequence[str]], F],
+    serve_flags: Callable[[F], Coroutine[Any, Any, int]],
+) -> int:
+    """Exit code: 0 after an orderly end, 2 with one line on stderr when it can't start."""
+    try:
+        flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    except ConfigError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 2
+    return run(lambda: serve_flags(flags))
+
+
+async def serve(role: str, flags: Flags, load: Callable[[], T], build: Callable[[T, str, Metrics], Assembly]) -> int:
+    """The whole life of the process. Returns its exit code; raises ConfigError at start.
+
+    `load` blocks; `build` gets what it gave, the bound address of /metrics and the metrics.
+    """
+    configure(role, flags.log_level)
+    engine = await asyncio.to_thread(load)
+    metrics = Metrics(role)
+    metrics_address = start_metrics_server(flags.metrics, metrics.registry)
+    assembly = build(engine, metrics_address, metrics)
+    try:
+        address = await assembly.start()
+        announce(role, address, metrics_address, assembly.worker.identity.incarnation)
+        return await assembly.shell.run_until_signal(assembly.worker.drain, flags.drain_grace)
+    finally:
+        await assembly.close()
+
+
+def announce(role: str, address: str, metrics_address: str, incarnation: str) -> None:
+    """The one line on stdout that says where this worker serves. Raises ConfigError when nobody can read it."""
+    ready = {
+        "event": "ready",
+        "role": role,
+        "address": address,
+        "metrics": metrics_address,
+        "pid": os.getpid(),
+        "incarnation": incarnation,
+    }
+    try:
+        sys.stdout.write(json.dumps(ready) + "\n")
+        sys.stdout.flush()
+    except OSError as exc:
+        raise ConfigError(f"can't announce on stdout: {exc}") from exc
