@@ -11,6 +11,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.tokenizer import Tokenizer
+from gateway.validation import check_room
 from tandem.errors import InvalidRequestError
 
 MAX_MESSAGES = 1024
@@ -61,15 +62,20 @@ class ChatTemplate:
         except jinja2.TemplateError as exc:
             self._problem = f"the model's chat template can't be used: {exc}"
 
-    def encode(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode(self, messages: Sequence[tuple[str, str]], *, context: int | None = None) -> list[int]:
         """Token ids of (role, content) pairs with the header of the answer. Blocking: call it from a thread.
 
-        Special tokens inside roles and contents are text. Raises InvalidRequestError (field `messages`).
+        Special tokens inside roles and contents are text. Raises InvalidRequestError (field `messages`), for a chat
+        that can't fit in `context` before it is tokenized.
         """
         mark = _unused_mark(messages)
         escape = self._tokenizer.escape
         safe = [{"role": escape(role, mark), "content": escape(content, mark)} for role, content in messages]
-        return self._tokenizer.encode_escaped(self._render(safe), mark)
+        text = self._render(safe)
+        if context is not None:
+            least = self._tokenizer.least_tokens(text.replace(mark, ""))
+            check_room("messages", least, context, at_least=True)
+        return self._tokenizer.encode_escaped(text, mark)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         if self._template is None:

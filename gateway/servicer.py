@@ -124,9 +124,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if asked.token_ids is not None:
             validation.check_ids("token_ids", asked.token_ids, vocab_size)
             return list(asked.token_ids)
+        context = self._catalog.max_context
         if asked.messages is not None:
-            return await self._text.encode_chat(asked.messages)
-        return await self._text.encode(asked.text or "")
+            return await self._text.encode_chat(asked.messages, context=context)
+        return await self._text.encode(asked.text or "", context=context)
 
     async def _run(self, job: Job, write: Callable[[Event], Awaitable[None]]) -> None:
         """The request in this task, its writer beside it: whichever fails first ends both."""

@@ -114,16 +114,20 @@ def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
         raise _bad(field, f"token id {worst} is outside the vocabulary of {vocab_size}")
 
 
+def check_room(field: str, tokens: int, max_context: int, *, at_least: bool = False) -> None:
+    """A prompt must leave room for one token."""
+    if tokens >= max_context:
+        count = f"at least {tokens}" if at_least else tokens
+        raise _bad(field, f"the prompt has {count} tokens, the model's context is {max_context} with the output")
+
+
 def stop_rules(asked: Asked, limits: Limits, *, prompt_tokens: int, max_context: int, vocab_size: int) -> StopRules:
     """Complete stop rules. A prompt or an explicit max_tokens that doesn't fit is an error with numbers."""
     source = "text" if asked.text is not None else "token_ids" if asked.token_ids is not None else "messages"
     room = max_context - prompt_tokens
     if prompt_tokens == 0:
         raise _bad(source, "the prompt has no tokens")
-    if room < 1:
-        raise _bad(
-            source, f"the prompt has {prompt_tokens} tokens, the model's context is {max_context} with the output"
-        )
+    check_room(source, prompt_tokens, max_context)
     max_tokens = min(room, limits.default_max_tokens) if asked.max_tokens is None else asked.max_tokens
     if not 1 <= max_tokens <= room:
         fits = f"the prompt's {prompt_tokens} tokens leave 1 to {room} of the context of {max_context}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from gateway.chat import ChatTemplate
 from gateway.detokenizer import Detokenizer
 from gateway.stop import StopMatcher
+from gateway.text import TextService
 from gateway.tokenizer import TextConfig, Tokenizer, load_tokenizer
 from tandem.errors import InvalidRequestError, ModelFormatError
 
@@ -52,6 +54,37 @@ def test_equals_transformers(tokenizer: Tokenizer, model_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     rendered = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert ChatTemplate(tokenizer).encode([("system", "Be brief."), ("user", "Hi")]) == rendered
+
+
+async def test_the_event_loop_turns_while_long_texts_are_tokenized(tokenizer: Tokenizer) -> None:
+    """A thread alone doesn't do: the work has to let go of the interpreter as well."""
+    service = TextService(tokenizer)
+    for work in (service.encode("1 " * 200_000), service.encode_chat([("user", "<|im_end|>1 " * 40_000)])):
+        task, turns = asyncio.ensure_future(work), 0
+        while not task.done():
+            await asyncio.sleep(0.002)
+            turns += 1
+        assert len(await task) > 200_000
+        assert turns > 20
+    service.close()
+
+
+async def test_what_cannot_fit_is_refused_before_it_is_tokenized(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its size; what may fit is tokenized."""
+    service, longest = TextService(tokenizer), " " * 64
+    assert len(await service.encode(longest * 100, context=101)) <= 100
+    assert len(await service.encode("\x04" * 9000, context=101)) == 0, "the vocabulary lacks this byte"
+    assert len(await service.encode_chat([("user", "Hi")], context=100)) < 100
+    monkeypatch.setattr(tokenizer, "_backend", None)
+    with pytest.raises(InvalidRequestError, match="at least") as caught:
+        await service.encode("word " * 100_000, context=1000)
+    assert caught.value.field == "text"
+    with pytest.raises(InvalidRequestError, match="at least") as caught:
+        await service.encode_chat([("user", "<|im_end|>" * 100_000)], context=1000)
+    assert caught.value.field == "messages"
+    service.close()
 
 
 @settings(max_examples=150, deadline=None)
