@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -15,7 +16,10 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from gateway import convert
+from gateway.config import Limits
 from gateway.tokenizer import Tokenizer
+from tandem.errors import InvalidRequestError
 from tandem.service.status import from_rpc_error
 from tandem.v1 import decode_pb2, inference_pb2, inference_pb2_grpc, types_pb2
 
@@ -207,6 +211,31 @@ async def test_bad_input(cluster: Cluster, serve: Any) -> None:
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, name
         assert from_rpc_error(caught.value).metadata["field"] == field, name
     assert cluster.decode[0].records == []
+
+
+def _huge(field: str) -> inference_pb2.GenerateRequest:
+    if field == "token_ids":
+        return inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[5] * 4_000_000))
+    if field == "messages":
+        chat = inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage()] * 200_000)
+        return inference_pb2.GenerateRequest(messages=chat)
+    stopping = types_pb2.StoppingParams()
+    if field == "stopping.stop":
+        stopping.stop.extend(["a"] * 1_000_000)
+    else:
+        stopping.stop_token_ids.extend([5] * 4_000_000)
+    return inference_pb2.GenerateRequest(text="Hi", stopping=stopping)
+
+
+@pytest.mark.parametrize("field", ["token_ids", "messages", "stopping.stop", "stopping.stop_token_ids"])
+def test_long_lists_are_refused_before_they_are_copied(field: str) -> None:
+    """A message has room for tens of millions of entries; copies of them would hold up every stream."""
+    request = _huge(field)
+    began = time.process_time()
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.asked(request, Limits())
+    assert caught.value.field == field
+    assert time.process_time() - began < 0.02
 
 
 async def test_unknown_model_and_listing(cluster: Cluster, serve: Any) -> None:
