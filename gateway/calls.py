@@ -15,12 +15,16 @@ from typing import Any
 
 import grpc
 
+from gateway.silence import Silence
 from gateway.workers import Worker
-from tandem.errors import DeadlineError, TandemError, UnavailableError
+from tandem.errors import DeadlineError, InternalError, TandemError, UnavailableError
 from tandem.record import Record, TokenDelta
 from tandem.service import status, wire
 from tandem.service.call_status import CallStatus
+from tandem.service.logging import get_logger
 from tandem.v1 import decode_pb2, prefill_pb2
+
+_log = get_logger(__name__)
 
 BEATS = ("heartbeat", "progress")
 """Come as long as the engine lives, from before the request is aboard."""
@@ -57,12 +61,11 @@ class Call:
         return max(0.001, self._deadline - asyncio.get_running_loop().time())
 
     async def _read(self) -> None:
-        loop = asyncio.get_running_loop()
         ended = Ended()
         try:
-            async with asyncio.timeout(self._silence) as patience:
+            async with Silence(self._silence) as silence:
                 async for response in self._rpc:
-                    patience.reschedule(loop.time() + self._silence)
+                    silence.heard()
                     self.heard = self.heard or response.WhichOneof("event") not in BEATS
                     self._inbox.put_nowait((self, response))
         except TimeoutError:
@@ -70,6 +73,9 @@ class Call:
         except grpc.aio.AioRpcError as exc:
             assert self._status is not None
             ended = _ended(await self._status.error(exc))
+        except Exception as exc:  # whatever it was: a call without its end would hold the request until its deadline
+            _log.error("a worker's stream can't be read", address=self.worker.address, exc_info=exc)
+            ended = Ended(InternalError(f"a worker's stream can't be read: {exc}"))
         self._rpc.cancel()
         self._inbox.put_nowait((self, ended))
 

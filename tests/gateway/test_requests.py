@@ -382,6 +382,29 @@ def _get(address: str, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
+async def test_latency_metrics(cluster: Cluster, serve: Any) -> None:
+    """The first token counts when it comes, not when the stream ends; gaps are within one choice."""
+    await cluster.start(prefill=0)
+    worker = cluster.decode[0]
+    worker.pause, worker.stream_pause_after = 0.05, 3
+    front = await serve()
+    call = front.stream(sampling=types_pb2.SamplingParams(n=4))
+    await until(lambda: worker.tokens_sent == 12)
+    await asyncio.sleep(0.1)
+    registry = front.gateway.metrics.registry
+
+    def value(name: str) -> float:
+        found = registry.get_sample_value(f"tandem_{name}", {"role": "gateway"})
+        assert found is not None
+        return found
+
+    assert value("time_to_first_token_seconds_count") == 1
+    assert value("inter_token_latency_seconds_count") == 8
+    assert value("inter_token_latency_seconds_sum") / 8 > 0.045
+    worker.resume.set()
+    await front.collect(call)
+
+
 async def test_health_and_metrics(cluster: Cluster, serve: Any) -> None:
     """Both say not serving until a pair is ready; metrics have the field's names."""
     worker = await cluster.add_decode()
