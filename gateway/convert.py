@@ -86,10 +86,12 @@ def stream_response(event: Event, request_id: str, prompt_tokens: int) -> pb.Gen
     """One event as it travels."""
     response = pb.GenerateStreamResponse(request_id=request_id)
     if isinstance(event, Delta):
-        delta = pb.ChoiceDelta(index=event.index, token_ids=event.token_ids, text=event.text)
+        delta = response.delta  # filled in place: this runs for every token
+        delta.SetInParent()
+        delta.index, delta.text = event.index, event.text
+        delta.token_ids.extend(event.token_ids)
         if event.logprobs:
             delta.logprobs.CopyFrom(wire.logprobs_to_pb(event.logprobs))  # type: ignore[arg-type]
-        response.delta.CopyFrom(delta)
     elif isinstance(event, Finished):
         reason = wire.finish_reason_to_pb(event.reason)
         finished = pb.ChoiceFinished(index=event.index, finish_reason=reason, stop_match=event.stop_match or "")

@@ -110,7 +110,8 @@ def events_of(response: inference_pb2.GenerateStreamResponse) -> Iterator[Event]
         yield PromptAccepted(response.request_id, response.prompt.model, response.prompt.prompt_tokens)
     elif kind == "delta":
         delta = response.delta
-        yield Delta(delta.index, delta.text, tuple(delta.token_ids), tuple(logprobs_from_pb(delta.logprobs)))
+        logprobs = tuple(logprobs_from_pb(delta.logprobs)) if delta.HasField("logprobs") else ()
+        yield Delta(delta.index, delta.text, tuple(delta.token_ids), logprobs)
     elif kind == "finished":
         done = response.finished
         yield Finished(done.index, finish_reason_from_pb(done.finish_reason), done.stop_match)
