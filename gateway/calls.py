@@ -8,7 +8,6 @@ more comes. A stream that is silent for three heartbeats has failed, whatever it
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,9 +79,14 @@ class Call:
         self._inbox.put_nowait((self, ended))
 
     async def _write(self, message: Any) -> None:
-        """A stream that is over says so through its reader."""
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await self._rpc.write(message)
+        """A stream that is over says so through its reader, whatever a write still waits for."""
+        assert self._task is not None
+        write = asyncio.ensure_future(self._rpc.write(message))
+        try:
+            await asyncio.wait({write, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            write.cancel()
+            await asyncio.gather(write, return_exceptions=True)
 
     def close(self) -> None:
         """Ends the RPC now; its end frees everything that the worker holds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from grpc_status import rpc_status
 
 from tandem.errors import OverloadedError, UnavailableError
 from tandem.service.status import from_rpc_error
-from tandem.v1 import decode_pb2, types_pb2
+from tandem.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 
 
 @pytest.mark.parametrize("phase", [0, 1])
@@ -146,6 +147,21 @@ async def test_a_held_up_gateway_takes_no_worker_for_dead(cluster: Cluster, serv
     responses = await front.collect(call)
     assert tokens_of(responses) == expected(8)
     assert responses[-1].end.timings.migrations == 0
+
+
+async def test_decode_worker_that_no_message_reaches(cluster: Cluster, serve: Any) -> None:
+    """The first write never gets through, as when a host is gone: the request moves on all the same."""
+    await cluster.start(prefill=0, decode=2)
+    cluster.decode[1].load.free_blocks = 500
+    front = await serve()
+    # The kernel takes connections; nobody ever answers.
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{mute.getsockname()[1]}")
+        for worker in front.gateway.pool.decode:
+            if worker.address == cluster.decode[0].address:
+                worker.stub.Decode = decode_pb2_grpc.DecodeServiceStub(channel).Decode
+        assert tokens_of(await front.collect(front.stream())) == expected(8)
+        await channel.close()
 
 
 def _undecodable(data: bytes) -> Any:
