@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.tokenizer import Tokenizer
@@ -35,8 +38,26 @@ def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """With the arguments that transformers gives its filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what a model said, for training; here its content is all that counts."""
+
+    tags = {"generation"}  # noqa: RUF012  # as the base class has it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The nodes inside."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -51,7 +72,7 @@ class ChatTemplate:
         if not source:
             return
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
@@ -89,7 +110,7 @@ class ChatTemplate:
                 if length > limit:
                     raise _TemplateError(f"it makes more than {limit} characters of this chat")
                 parts.append(part)
-        except (_TemplateError, jinja2.TemplateError, TypeError, ValueError, OverflowError) as exc:
+        except (_TemplateError, jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as exc:
             raise InvalidRequestError(f"the chat template refused the messages: {exc}", field="messages") from exc
         return "".join(parts)
 

@@ -95,8 +95,11 @@ class Tokenizer:
         return ids + self._encode_plain(text[at:].replace(mark, ""))
 
     def escape(self, content: str, mark: str) -> str:
-        """`content` with `mark` inside each special token, for `encode_escaped`."""
-        return self._special_pattern.sub(lambda match: match.group()[0] + mark + match.group()[1:], content)
+        """`content` with `mark` behind each character of a special token, for `encode_escaped`.
+
+        Each, for what is left of one token may be the beginning of another.
+        """
+        return self._special_pattern.sub(lambda match: "".join(char + mark for char in match.group()), content)
 
     def _encode_plain(self, text: str) -> list[int]:
         """Special tokens as ordinary text."""

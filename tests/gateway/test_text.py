@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from gguf import GGUFWriter, TokenType
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -154,6 +155,16 @@ def test_chat_contents_hold_no_control_tokens(tokenizer: Tokenizer) -> None:
     assert attack in tokenizer.decode(ids, skip_special=False)
 
 
+def test_special_tokens_that_overlap_are_text(tokenizer: Tokenizer) -> None:
+    """What an escaped one leaves over begins no other."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+    backend.add_special_tokens(["ab#", "#cd"])
+    both = Tokenizer(backend, tokenizer.config)
+    ids = ChatTemplate(both).encode([("user", "ab#cd ab#cd#")])
+    assert not {backend.token_to_id("ab#"), backend.token_to_id("#cd")} & set(ids)
+    assert "ab#cd ab#cd#" in both.decode(ids, skip_special=False)
+
+
 def _with_template(tokenizer: Tokenizer, template: str | None) -> ChatTemplate:
     config = TextConfig("t", "llama", template, "<s>", "</s>", 100)
     return ChatTemplate(Tokenizer(tokenizer._backend, config))
@@ -170,6 +181,8 @@ def _with_template(tokenizer: Tokenizer, template: str | None) -> ChatTemplate:
         "{% if %}",
         "{{ messages[5].content }}",
         "{{ messages.append(1) }}",
+        "{{ 1 // 0 }}",
+        "{{ '{}'.format() }}",
     ],
 )
 def test_bad_templates_refuse(tokenizer: Tokenizer, template: str | None) -> None:
@@ -187,6 +200,16 @@ def test_template_environment(tokenizer: Tokenizer) -> None:
     )
     ids = _with_template(tokenizer, template).encode([("user", 'é"'), ("user", "b")])
     assert tokenizer.decode(ids) == '<s>{"role": "user", "content": "é\\""}20\n!'
+
+
+def test_templates_as_training_wrote_them(tokenizer: Tokenizer) -> None:
+    """Marks of what the model said mean nothing here; tojson takes what transformers' does."""
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+        "{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}"
+    )
+    ids = _with_template(tokenizer, template).encode([("user", "x"), ("assistant", "y")])
+    assert tokenizer.decode(ids) == 'x;y;{"a":"\\u00e9","b":1}'
 
 
 def _write_gguf(path: Path, model: str, tokens: list[str], **fields: Any) -> Path:
