@@ -19,8 +19,15 @@ from gateway.outputs import Outputs
 from gateway.pairing import Need, Pairing
 from gateway.plain import Counted, Delta, Finished, Job
 from gateway.workers import Worker
-from tandem.errors import DeadlineError, DrainingError, InternalError, OverloadedError, UnavailableError
-from tandem.record import FinishReason
+from tandem.errors import (
+    DeadlineError,
+    DrainingError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+from tandem.record import FinishReason, TokenDelta
 from tandem.service import wire
 from tandem.service.logging import get_logger
 from tandem.v1 import decode_pb2, prefill_pb2
@@ -119,7 +126,7 @@ class Attempt:
 
     async def _take(self, deltas: Any) -> bool:
         """Publishes new tokens; ends at D what a stop string ended here. True when nothing is left to do."""
-        for delta in wire.deltas_from_pb(deltas):
+        for delta in _plain(deltas):
             events = self._outputs.accept(delta)
             self._publish_all(events)
             if any(isinstance(event, Finished) for event in events):
@@ -224,3 +231,10 @@ class Attempt:
         elif self._ticket.prefill is not None and not self._committed:
             self._lease = replace(self._lease, needed_start=answer.needed_start, needed_end=answer.needed_end)
             self._start_prefill(self._ticket.prefill)
+
+
+def _plain(deltas: Any) -> list[TokenDelta]:
+    try:
+        return wire.deltas_from_pb(deltas)
+    except InvalidRequestError as exc:  # the worker's fault, not the client's
+        raise InternalError(f"a worker sent tokens that can't be: {exc}") from exc

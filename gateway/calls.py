@@ -8,19 +8,22 @@ more comes. A stream that is silent for three heartbeats has failed, whatever it
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
+from gateway.silence import Silence
 from gateway.workers import Worker
-from tandem.errors import DeadlineError, TandemError, UnavailableError
+from tandem.errors import DeadlineError, InternalError, TandemError, UnavailableError
 from tandem.record import Record, TokenDelta
 from tandem.service import status, wire
 from tandem.service.call_status import CallStatus
+from tandem.service.logging import get_logger
 from tandem.v1 import decode_pb2, prefill_pb2
+
+_log = get_logger(__name__)
 
 BEATS = ("heartbeat", "progress")
 """Come as long as the engine lives, from before the request is aboard."""
@@ -57,12 +60,11 @@ class Call:
         return max(0.001, self._deadline - asyncio.get_running_loop().time())
 
     async def _read(self) -> None:
-        loop = asyncio.get_running_loop()
         ended = Ended()
         try:
-            async with asyncio.timeout(self._silence) as patience:
+            async with Silence(self._silence) as silence:
                 async for response in self._rpc:
-                    patience.reschedule(loop.time() + self._silence)
+                    silence.heard()
                     self.heard = self.heard or response.WhichOneof("event") not in BEATS
                     self._inbox.put_nowait((self, response))
         except TimeoutError:
@@ -70,13 +72,21 @@ class Call:
         except grpc.aio.AioRpcError as exc:
             assert self._status is not None
             ended = _ended(await self._status.error(exc))
+        except Exception as exc:  # whatever it was: a call without its end would hold the request until its deadline
+            _log.error("a worker's stream can't be read", address=self.worker.address, exc_info=exc)
+            ended = Ended(InternalError(f"a worker's stream can't be read: {exc}"))
         self._rpc.cancel()
         self._inbox.put_nowait((self, ended))
 
     async def _write(self, message: Any) -> None:
-        """A stream that is over says so through its reader."""
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await self._rpc.write(message)
+        """A stream that is over says so through its reader, whatever a write still waits for."""
+        assert self._task is not None
+        write = asyncio.ensure_future(self._rpc.write(message))
+        try:
+            await asyncio.wait({write, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            write.cancel()
+            await asyncio.gather(write, return_exceptions=True)
 
     def close(self) -> None:
         """Ends the RPC now; its end frees everything that the worker holds."""

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.tokenizer import Tokenizer
+from gateway.validation import check_room
 from tandem.errors import InvalidRequestError
 
 MAX_MESSAGES = 1024
@@ -34,8 +38,26 @@ def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """With the arguments that transformers gives its filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what a model said, for training; here its content is all that counts."""
+
+    tags = {"generation"}  # noqa: RUF012  # as the base class has it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The nodes inside."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -50,7 +72,7 @@ class ChatTemplate:
         if not source:
             return
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
@@ -61,15 +83,20 @@ class ChatTemplate:
         except jinja2.TemplateError as exc:
             self._problem = f"the model's chat template can't be used: {exc}"
 
-    def encode(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode(self, messages: Sequence[tuple[str, str]], *, context: int | None = None) -> list[int]:
         """Token ids of (role, content) pairs with the header of the answer. Blocking: call it from a thread.
 
-        Special tokens inside roles and contents are text. Raises InvalidRequestError (field `messages`).
+        Special tokens inside roles and contents are text. Raises InvalidRequestError (field `messages`), for a chat
+        that can't fit in `context` before it is tokenized.
         """
         mark = _unused_mark(messages)
         escape = self._tokenizer.escape
         safe = [{"role": escape(role, mark), "content": escape(content, mark)} for role, content in messages]
-        return self._tokenizer.encode_escaped(self._render(safe), mark)
+        text = self._render(safe)
+        if context is not None:
+            least = self._tokenizer.least_tokens(text.replace(mark, ""))
+            check_room("messages", least, context, at_least=True)
+        return self._tokenizer.encode_escaped(text, mark)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         if self._template is None:
@@ -83,7 +110,7 @@ class ChatTemplate:
                 if length > limit:
                     raise _TemplateError(f"it makes more than {limit} characters of this chat")
                 parts.append(part)
-        except (_TemplateError, jinja2.TemplateError, TypeError, ValueError, OverflowError) as exc:
+        except (_TemplateError, jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as exc:
             raise InvalidRequestError(f"the chat template refused the messages: {exc}", field="messages") from exc
         return "".join(parts)
 

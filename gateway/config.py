@@ -10,6 +10,8 @@ class Limits:
     """What one request may ask for. Over a limit is INVALID_ARGUMENT with the field's name."""
 
     max_prompt_bytes: int = 4 << 20
+    max_token_ids: int = 1 << 20
+    """In a prompt, or to detokenize."""
     max_request_id: int = 128
     max_stop_strings: int = 16
     max_stop_characters: int = 256

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from gateway.chat import MAX_MESSAGES
+from gateway.config import Limits
 from gateway.plain import Admitted, Asked, Counted, Delta, Event, Finished
+from gateway.validation import check_count
 from tandem.record import FinishReason, TokenLogprobs
 from tandem.service import wire
 from tandem.v1 import inference_pb2 as pb
@@ -23,10 +26,14 @@ _SCALARS = (
 )
 
 
-def asked(request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Asked:
-    """What the client wrote, unset fields as None."""
+def asked(request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: Limits) -> Asked:
+    """What the client wrote, unset fields as None. Raises InvalidRequestError for lists that are too long to copy."""
     sampling, stopping, output = request.sampling, request.stopping, request.output
     kind = request.WhichOneof("input")
+    check_count("token_ids", len(request.token_ids.ids), limits.max_token_ids)
+    check_count("stopping.stop", len(stopping.stop), limits.max_stop_strings)
+    check_count("stopping.stop_token_ids", len(stopping.stop_token_ids), limits.max_stop_token_ids)
+    check_count("sampling.logit_bias", len(sampling.logit_bias), limits.max_logit_bias)
     return Asked(
         request_id=request.request_id,
         model=request.model,
@@ -48,7 +55,8 @@ def asked(request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Asked:
 
 
 def messages(chat: pb.ChatMessages) -> tuple[tuple[str, str], ...]:
-    """(role, content) pairs."""
+    """(role, content) pairs. Raises InvalidRequestError for more than any chat has."""
+    check_count("messages", len(chat.messages), MAX_MESSAGES)
     return tuple((message.role, message.content) for message in chat.messages)
 
 
@@ -78,10 +86,12 @@ def stream_response(event: Event, request_id: str, prompt_tokens: int) -> pb.Gen
     """One event as it travels."""
     response = pb.GenerateStreamResponse(request_id=request_id)
     if isinstance(event, Delta):
-        delta = pb.ChoiceDelta(index=event.index, token_ids=event.token_ids, text=event.text)
+        delta = response.delta  # filled in place: this runs for every token
+        delta.SetInParent()
+        delta.index, delta.text = event.index, event.text
+        delta.token_ids.extend(event.token_ids)
         if event.logprobs:
             delta.logprobs.CopyFrom(wire.logprobs_to_pb(event.logprobs))  # type: ignore[arg-type]
-        response.delta.CopyFrom(delta)
     elif isinstance(event, Finished):
         reason = wire.finish_reason_to_pb(event.reason)
         finished = pb.ChoiceFinished(index=event.index, finish_reason=reason, stop_match=event.stop_match or "")

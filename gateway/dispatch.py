@@ -74,15 +74,16 @@ class Dispatcher:
         """Requests in the queue."""
         return len(self._heap)
 
-    async def acquire(self, need: Need, *, priority: int, arrival: float) -> Ticket:
-        """Waits for a pair with credit.
+    async def acquire(self, need: Need, *, priority: int, arrival: float, again: bool = False) -> Ticket:
+        """Waits for a pair with credit. `again`: it had one before, and no bound of the queue sends it away now.
 
         Raises OverloadedError when the queue is full, UnavailableError when no worker comes in time, IncompatibleError
         when workers are there but can't work together.
         """
         if not self._heap and (ticket := self._try(need)) is not None:
             return ticket
-        if self.waiting >= self._config.max_queue or self._queued_tokens > self._config.max_queued_tokens:
+        full = self.waiting >= self._config.max_queue or self._queued_tokens > self._config.max_queued_tokens
+        if full and not again:
             raise OverloadedError(
                 f"the queue is full: {self.waiting} requests with {self._queued_tokens} prompt tokens wait",
                 retry_after=self._retry_after(),

@@ -60,6 +60,7 @@ class RequestRun:
         self._lost = 0
         self._told = False
         self._opened = self._first = self._last = 0.0
+        self._last_of: dict[int, float] = {}
         self.counted = Counted(prompt_tokens=len(job.prompt))
 
     async def run(self) -> None:
@@ -82,7 +83,9 @@ class RequestRun:
         job, services = self._job, self._services
         services.metrics.num_requests_waiting.inc()
         try:
-            ticket = await services.dispatcher.acquire(self._need, priority=job.priority, arrival=job.arrival)
+            ticket = await services.dispatcher.acquire(
+                self._need, priority=job.priority, arrival=job.arrival, again=bool(self._opened)
+            )
         finally:
             services.metrics.num_requests_waiting.dec()
         if not self._opened:
@@ -120,14 +123,17 @@ class RequestRun:
 
     def _on_event(self, event: Delta | Finished) -> None:
         if isinstance(event, Delta) and event.token_ids:
-            now = self._now()
-            if not self._first:
-                self._first = now
-            else:
-                gap = (now - self._last) / len(event.token_ids)
-                self._services.metrics.inter_token_latency_seconds.observe(gap)
-            self._last = now
+            self._on_tokens(event.index, len(event.token_ids))
         self._publish(event)
+
+    def _on_tokens(self, index: int, count: int) -> None:
+        now, metrics = self._now(), self._services.metrics
+        if not self._first:
+            self._first = now
+            metrics.time_to_first_token_seconds.observe(now - self._job.started)
+        if (last := self._last_of.get(index)) is not None:
+            metrics.inter_token_latency_seconds.observe((now - last) / count)
+        self._last = self._last_of[index] = now
 
     def _on_lost(self, lost: DecodeLost) -> None:
         """Decides whether the request goes on elsewhere; raises when it doesn't."""
@@ -200,7 +206,6 @@ class RequestRun:
         metrics.prefix_cache_queries.inc(counted.prompt_tokens)
         metrics.prefix_cache_hits.inc(counted.cached_tokens)
         metrics.num_preemptions.inc(counted.preemptions)
-        metrics.time_to_first_token_seconds.observe(counted.time_to_first_token_seconds)
         metrics.e2e_request_latency_seconds.observe(counted.total_seconds)
         metrics.request_queue_time_seconds.observe(counted.queue_seconds)
         metrics.request_prefill_time_seconds.observe(counted.prefill_seconds)

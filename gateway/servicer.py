@@ -47,7 +47,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 collected.append(convert.Collected(job.request_id, job.sampling.n))
             collected[0].add(event)
 
-        await self._serve(convert.asked(request), context, collect)
+        await self._serve(convert.asked(request, self._services.config.limits), context, collect)
         return collected[0].response()
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
@@ -56,7 +56,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async def send(event: Event, job: Job) -> None:
             await context.write(convert.stream_response(event, job.request_id, len(job.prompt)))
 
-        await self._serve(convert.asked(request), context, send)
+        await self._serve(convert.asked(request, self._services.config.limits), context, send)
 
     async def _serve(self, asked: Asked, context: Context, send: Callable[[Event, Job], Awaitable[None]]) -> None:
         """The way of every request."""
@@ -124,9 +124,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if asked.token_ids is not None:
             validation.check_ids("token_ids", asked.token_ids, vocab_size)
             return list(asked.token_ids)
+        context = self._catalog.max_context
         if asked.messages is not None:
-            return await self._text.encode_chat(asked.messages)
-        return await self._text.encode(asked.text or "")
+            return await self._text.encode_chat(asked.messages, context=context)
+        return await self._text.encode(asked.text or "", context=context)
 
     async def _run(self, job: Job, write: Callable[[Event], Awaitable[None]]) -> None:
         """The request in this task, its writer beside it: whichever fails first ends both."""
@@ -183,6 +184,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Token ids to text."""
         self._catalog.check(request.model)
+        validation.check_count("token_ids", len(request.token_ids), self._services.config.limits.max_token_ids)
         validation.check_ids("token_ids", request.token_ids, self._catalog.vocab_size)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         return pb.DetokenizeResponse(text=await self._text.decode(request.token_ids, skip_special=skip))

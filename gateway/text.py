@@ -10,11 +10,12 @@ from typing import TypeVar
 
 from gateway.chat import ChatTemplate
 from gateway.tokenizer import Tokenizer, load_tokenizer
+from gateway.validation import check_room
 from tandem.errors import OverloadedError
 
 T = TypeVar("T")
-# Tokenizing this much takes well under a millisecond, less than the way to a thread and back may cost.
-INLINE_CHARACTERS = 1024
+# Tokenizing this much takes a fraction of a millisecond, less than the way to a thread and back may cost.
+INLINE_CHARACTERS = 256
 INLINE_TOKENS = 1024
 THREADS = 2
 # Texts that may wait for a thread: with the largest prompts this is what they may hold of memory.
@@ -39,14 +40,16 @@ class TextService:
         """Raises ModelFormatError."""
         return cls(load_tokenizer(path))
 
-    async def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids of plain text."""
+    async def encode(self, text: str, *, add_special: bool = True, context: int | None = None) -> list[int]:
+        """Token ids of plain text. One that can't fit in `context` is refused before the work."""
+        if context is not None:
+            check_room("text", self.tokenizer.least_tokens(text), context, at_least=True)
         return await self._run(len(text) > INLINE_CHARACTERS, lambda: self._encode(text, add_special))
 
-    async def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Token ids of a chat with the header of the answer. Raises InvalidRequestError."""
+    async def encode_chat(self, messages: Sequence[tuple[str, str]], *, context: int | None = None) -> list[int]:
+        """Token ids of a chat with the header of the answer; `context` as above. Raises InvalidRequestError."""
         # A template is a program: it never runs on the event loop.
-        return await self._run(True, lambda: self.chat.encode(messages))
+        return await self._run(True, lambda: self.chat.encode(messages, context=context))
 
     async def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of a whole sequence."""

@@ -68,11 +68,19 @@ class Tokenizer:
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._bytes, self._strips_space = _byte_table(backend, {i: token.content for i, token in added.items()})
+        self._bytes_per_token = _bytes_per_token(backend, self._bytes)
+        # Some vocabularies lack rare bytes: BPE leaves those out.
+        self._lost_bytes = bytes({*range(256)} - {item[0] for item in self._bytes if len(item) == 1})
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids; special tokens in the text are parsed. Releases the GIL: call it from a thread for long texts."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
-        return ids
+        return _ids(self._backend, text, add_special=add_special)
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that the text doesn't stay under, from its size alone."""
+        if not self._bytes_per_token:
+            return 0
+        return len(text.encode().translate(None, self._lost_bytes)) // self._bytes_per_token
 
     def encode_escaped(self, text: str, mark: str) -> list[int]:
         """Token ids of a rendered chat, in which `mark` stands inside every special token that is only text."""
@@ -87,8 +95,11 @@ class Tokenizer:
         return ids + self._encode_plain(text[at:].replace(mark, ""))
 
     def escape(self, content: str, mark: str) -> str:
-        """`content` with `mark` inside each special token, for `encode_escaped`."""
-        return self._special_pattern.sub(lambda match: match.group()[0] + mark + match.group()[1:], content)
+        """`content` with `mark` behind each character of a special token, for `encode_escaped`.
+
+        Each, for what is left of one token may be the beginning of another.
+        """
+        return self._special_pattern.sub(lambda match: "".join(char + mark for char in match.group()), content)
 
     def _encode_plain(self, text: str) -> list[int]:
         """Special tokens as ordinary text."""
@@ -99,8 +110,7 @@ class Tokenizer:
                 plain = tokenizers.Tokenizer.from_str(self._backend.to_str())
                 plain.encode_special_tokens = True
                 self._plain = plain
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        return _ids(self._plain, text, add_special=False)
 
     def token_bytes(self, token: int, *, skip_special: bool) -> bytes:
         """The UTF-8 bytes (maybe a part of a character) of one token; none for an id outside the vocabulary."""
@@ -113,6 +123,23 @@ class Tokenizer:
         data = b"".join(self.token_bytes(token, skip_special=skip_special) for token in ids)
         text = data.decode("utf-8", "replace")
         return text.removeprefix(" ") if self._strips_space else text
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str, *, add_special: bool) -> list[int]:
+    """A batch of one: `encode` holds the GIL for as long as it takes, which would stop the event loop."""
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
+    return ids
+
+
+def _bytes_per_token(backend: tokenizers.Tokenizer, table: Sequence[bytes]) -> int:
+    """Most bytes of text that one token can stand for; 0 where nothing is known."""
+    added = backend.get_added_tokens_decoder().values()
+    # NFC can make a third of the bytes; of what other normalizers do, and tokens that eat spaces, nothing is known.
+    shrink = {"": 1, "NFC": 3}.get(type(backend.normalizer).__name__ if backend.normalizer else "", 0)
+    fuses = getattr(backend.model, "unk_token", None) is not None
+    if fuses or any(token.lstrip or token.rstrip for token in added):
+        return 0
+    return shrink * max(map(len, table), default=0)
 
 
 def _byte_table(backend: tokenizers.Tokenizer, added: dict[int, str]) -> tuple[list[bytes], bool]:

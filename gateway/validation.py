@@ -27,6 +27,12 @@ def _bad(field: str, message: str) -> InvalidRequestError:
     return InvalidRequestError(f"{field}: {message}", field=field)
 
 
+def check_count(field: str, count: int, most: int) -> None:
+    """Before a list is copied: a message has room for millions of entries."""
+    if count > most:
+        raise _bad(field, f"{count} entries, at most {most} are allowed")
+
+
 def check_sizes(asked: Asked, limits: Limits) -> None:
     """Everything that can be told before the text is tokenized, bytes first."""
     if len(asked.request_id) > limits.max_request_id:
@@ -43,15 +49,15 @@ def check_sizes(asked: Asked, limits: Limits) -> None:
 
 def check_input(text: str | None, messages: tuple[tuple[str, str], ...] | None, limits: Limits) -> None:
     """Sizes of text or messages, for prompts and for Tokenize."""
-    from gateway.chat import MAX_MESSAGES, MAX_ROLE_CHARACTERS
+    from gateway.chat import MAX_ROLE_CHARACTERS
 
     if text is not None:
         if not text:
             raise _bad("text", "the prompt is empty")
         _check_bytes("text", [text], limits)
     if messages is not None:
-        if not 1 <= len(messages) <= MAX_MESSAGES:
-            raise _bad("messages", f"{len(messages)} messages, 1 to {MAX_MESSAGES} are allowed")
+        if not messages:
+            raise _bad("messages", "the chat is empty")
         _check_bytes("messages", [part for message in messages for part in message], limits)
         for role, _content in messages:
             if not 1 <= len(role) <= MAX_ROLE_CHARACTERS:
@@ -65,15 +71,10 @@ def _check_bytes(field: str, parts: Iterable[str], limits: Limits) -> None:
 
 
 def _check_stops(asked: Asked, limits: Limits) -> None:
-    if len(asked.stop) > limits.max_stop_strings:
-        raise _bad("stopping.stop", f"{len(asked.stop)} stop strings, at most {limits.max_stop_strings} are allowed")
     for stop in asked.stop:
         if not 1 <= len(stop) <= limits.max_stop_characters:
             allowed = f"1 to {limits.max_stop_characters} are allowed"
             raise _bad("stopping.stop", f"a stop string of {len(stop)} characters, {allowed}")
-    if len(asked.stop_token_ids) > limits.max_stop_token_ids:
-        count = len(asked.stop_token_ids)
-        raise _bad("stopping.stop_token_ids", f"{count} ids, at most {limits.max_stop_token_ids} are allowed")
 
 
 def sampling_params(asked: Asked, limits: Limits, vocab_size: int) -> SamplingParams:
@@ -92,15 +93,12 @@ def sampling_params(asked: Asked, limits: Limits, vocab_size: int) -> SamplingPa
         raise _bad("sampling.top_k", f"{top_k} is negative; 0 keeps all tokens")
     if not 1 <= n <= limits.max_n:
         raise _bad("sampling.n", f"{n} is outside 1 to {limits.max_n}")
-    _check_bias(asked, limits, vocab_size)
+    _check_bias(asked, vocab_size)
     seed = int(values.pop("seed", secrets.randbits(63)))
     return SamplingParams(seed=seed, logit_bias=dict(asked.logit_bias), **values)
 
 
-def _check_bias(asked: Asked, limits: Limits, vocab_size: int) -> None:
-    if len(asked.logit_bias) > limits.max_logit_bias:
-        count = len(asked.logit_bias)
-        raise _bad("sampling.logit_bias", f"{count} entries, at most {limits.max_logit_bias} are allowed")
+def _check_bias(asked: Asked, vocab_size: int) -> None:
     for value in asked.logit_bias.values():
         if not -100 <= value <= 100:
             raise _bad("sampling.logit_bias", f"{value} is outside [-100, 100]")
@@ -114,16 +112,20 @@ def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
         raise _bad(field, f"token id {worst} is outside the vocabulary of {vocab_size}")
 
 
+def check_room(field: str, tokens: int, max_context: int, *, at_least: bool = False) -> None:
+    """A prompt must leave room for one token."""
+    if tokens >= max_context:
+        count = f"at least {tokens}" if at_least else tokens
+        raise _bad(field, f"the prompt has {count} tokens, the model's context is {max_context} with the output")
+
+
 def stop_rules(asked: Asked, limits: Limits, *, prompt_tokens: int, max_context: int, vocab_size: int) -> StopRules:
     """Complete stop rules. A prompt or an explicit max_tokens that doesn't fit is an error with numbers."""
     source = "text" if asked.text is not None else "token_ids" if asked.token_ids is not None else "messages"
     room = max_context - prompt_tokens
     if prompt_tokens == 0:
         raise _bad(source, "the prompt has no tokens")
-    if room < 1:
-        raise _bad(
-            source, f"the prompt has {prompt_tokens} tokens, the model's context is {max_context} with the output"
-        )
+    check_room(source, prompt_tokens, max_context)
     max_tokens = min(room, limits.default_max_tokens) if asked.max_tokens is None else asked.max_tokens
     if not 1 <= max_tokens <= room:
         fits = f"the prompt's {prompt_tokens} tokens leave 1 to {room} of the context of {max_context}"

@@ -53,7 +53,7 @@ class Gateway:
         services = Services(config, dispatcher, pairing, self.text.tokenizer, self.metrics)
         self.servicer = InferenceServicer(services, self.text, Catalog(self.pool, self.text.tokenizer))
         self.shell = ServerShell("gateway", bindings.listen)
-        self.http = HttpServer(bindings.http, self.metrics.registry, lambda: self.pool.serving)
+        self.http = HttpServer(bindings.http, self.metrics.registry, lambda: self.serving)
         self.address = self.http_address = ""
 
     async def start(self) -> None:
@@ -68,8 +68,13 @@ class Gateway:
         else:
             self.pool.set_addresses(self._bindings.prefill, self._bindings.decode)
 
+    @property
+    def serving(self) -> bool:
+        """What health says: new requests are welcome."""
+        return self.pool.serving and not self.servicer.draining
+
     def _on_change(self) -> None:
-        self.shell.set_serving(self.pool.serving and not self.servicer.draining)
+        self.shell.set_serving(self.serving)
 
     def ready_line(self) -> str:
         """What the process that started us reads."""
@@ -88,6 +93,8 @@ class Gateway:
         return await self.shell.run_until_signal(self._drain, grace)
 
     async def _drain(self, grace: float) -> None:
+        self.servicer.draining = True
+        self._on_change()
         await self.servicer.drain(grace)
 
     async def close(self) -> None:

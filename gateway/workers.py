@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from gateway.affinity import PrefixMemory
+from gateway.silence import Silence
 from tandem.service.channel import open_channel
 from tandem.service.logging import get_logger
 from tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
@@ -73,10 +74,9 @@ class Worker:
         while True:
             try:
                 await self._follow()
-            except (grpc.RpcError, TimeoutError) as exc:
+            except Exception as exc:  # whatever it was: a watch that ends would never see the worker again
                 if self.connected:
-                    reason = exc.details() if isinstance(exc, grpc.aio.AioRpcError) else "no load report in time"
-                    _log.warning("worker lost", worker_role=self.role, address=self.address, reason=reason)
+                    _log.warning("worker lost", worker_role=self.role, address=self.address, reason=_reason(exc))
             self._set_connected(False)
             await asyncio.sleep(RETRY_PAUSE)
 
@@ -87,11 +87,10 @@ class Worker:
             call = self.stub.WatchPrefillLoad(prefill_pb2.WatchPrefillLoadRequest())
         else:
             call = self.stub.WatchDecodeLoad(decode_pb2.WatchDecodeLoadRequest())
-        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._silence) as patience:
+            async with Silence(self._silence) as silence:
                 async for response in call:
-                    patience.reschedule(loop.time() + self._silence)
+                    silence.heard()
                     self._on_load(response.load)
         finally:
             call.cancel()
@@ -148,3 +147,9 @@ class Worker:
         """Ends the channel and every call on it."""
         with contextlib.suppress(Exception):
             await self.channel.close()
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, TimeoutError):
+        return "no load report in time"
+    return (exc.details() if isinstance(exc, grpc.aio.AioRpcError) else None) or repr(exc)

@@ -1,6 +1,6 @@
 """The Python client of the public API.
 
-    from tandem import Client
+    from tandem.client import Client, Delta
 
     with Client("127.0.0.1:50051") as client:
         print(client.generate("The capital of France is", max_tokens=8, temperature=0).text)

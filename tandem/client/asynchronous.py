@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -62,7 +63,7 @@ class AsyncClient:
     ) -> AsyncStream:
         """Events as they come; errors are raised while iterating. Use with `async with`, so that leaving cancels."""
         request = convert.build_request(inference_pb2.GenerateStreamRequest, prompt, token_ids, messages, options)
-        return AsyncStream(self._stub.GenerateStream(request, timeout=self._seconds(timeout)))
+        return AsyncStream(self._stub.GenerateStream(request, timeout=convert.deadline(timeout, self._timeout)))
 
     async def tokenize(
         self, text: str | None = None, *, messages: Sequence[Message] | None = None, model: str = ""
@@ -73,9 +74,7 @@ class AsyncClient:
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
-        request = inference_pb2.DetokenizeRequest(
-            model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
-        )
+        request = convert.detokenize_request(token_ids, model, skip_special_tokens=skip_special_tokens)
         response: inference_pb2.DetokenizeResponse = await self._call(self._stub.Detokenize, request, None)
         return response.text
 
@@ -98,12 +97,9 @@ class AsyncClient:
         """Closes."""
         await self.close()
 
-    def _seconds(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
-
     async def _call(self, method: Callable[..., Awaitable[T]], request: Any, seconds: float | None) -> T:
         try:
-            return await method(request, timeout=self._seconds(seconds))
+            return await method(request, timeout=convert.deadline(seconds, self._timeout))
         except grpc.RpcError as exc:
             raise status.from_rpc_error(exc) from exc
 
@@ -117,6 +113,7 @@ class AsyncStream(AsyncIterator[Event]):
         """`call` is the gRPC call; the client makes it."""
         self._call = call
         self._events = self._read()
+        self._closed = False
 
     async def _read(self) -> AsyncIterator[Event]:
         try:
@@ -125,13 +122,19 @@ class AsyncStream(AsyncIterator[Event]):
                     yield event
         except grpc.RpcError as exc:
             raise status.from_rpc_error(exc) from exc
+        except asyncio.CancelledError:
+            # gRPC says the same of a call that `close` ended and of a reader whose task is cancelled.
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
 
     async def __anext__(self) -> Event:
         """The next event. Raises TandemErrors."""
         return await anext(self._events)
 
     async def close(self) -> None:
-        """Cancels the request if it still runs."""
+        """Cancels the request if it still runs. A task that reads the stream comes to its end."""
+        self._closed = True
         self._call.cancel()
 
     async def __aenter__(self) -> Self:

@@ -58,7 +58,7 @@ class Client:
     ) -> Stream:
         """Events as they come; errors are raised while iterating. Use as a context manager, so that leaving cancels."""
         request = convert.build_request(inference_pb2.GenerateStreamRequest, prompt, token_ids, messages, options)
-        return Stream(self._stub.GenerateStream(request, timeout=self._seconds(timeout)))
+        return Stream(self._stub.GenerateStream(request, timeout=convert.deadline(timeout, self._timeout)))
 
     def tokenize(
         self, text: str | None = None, *, messages: Sequence[Message] | None = None, model: str = ""
@@ -69,9 +69,7 @@ class Client:
 
     def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
-        request = inference_pb2.DetokenizeRequest(
-            model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
-        )
+        request = convert.detokenize_request(token_ids, model, skip_special_tokens=skip_special_tokens)
         return self._call(self._stub.Detokenize, request, None).text
 
     def models(self) -> list[Model]:
@@ -93,12 +91,9 @@ class Client:
         """Closes."""
         self.close()
 
-    def _seconds(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
-
     def _call(self, method: Callable[..., T], request: Any, timeout: float | None) -> T:
         try:
-            return method(request, timeout=self._seconds(timeout))
+            return method(request, timeout=convert.deadline(timeout, self._timeout))
         except grpc.RpcError as exc:
             raise status.from_rpc_error(exc) from exc
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tandem.client.types import (
@@ -29,6 +30,7 @@ SAMPLING = (
 )
 STOPPING = ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_in_output")
 OUTPUT = ("logprobs", "skip_special_tokens")
+LONGEST_TIMEOUT = 365 * 86_400.0
 TOP = ("model", "request_id", "priority")
 
 Request = TypeVar("Request", inference_pb2.GenerateRequest, inference_pb2.GenerateStreamRequest)
@@ -71,10 +73,12 @@ def _input(prompt: str | None, token_ids: Sequence[int] | None, messages: Sequen
 
 
 def chat_messages(messages: Sequence[Message]) -> inference_pb2.ChatMessages:
-    """Raises InvalidRequestError for a message without role or content."""
+    """Raises InvalidRequestError for a message that isn't a role and a content."""
     for index, message in enumerate(messages):
-        if set(message) != {"role", "content"}:
-            raise InvalidRequestError("a message has the keys role and content", field=f"messages.messages[{index}]")
+        texts = isinstance(message, Mapping) and all(isinstance(text, str) for text in message.values())
+        if not texts or set(message) != {"role", "content"}:
+            problem = "a message has the keys role and content, both texts"
+            raise InvalidRequestError(problem, field=f"messages.messages[{index}]")
     return inference_pb2.ChatMessages(
         messages=[inference_pb2.ChatMessage(role=m["role"], content=m["content"]) for m in messages]
     )
@@ -110,7 +114,8 @@ def events_of(response: inference_pb2.GenerateStreamResponse) -> Iterator[Event]
         yield PromptAccepted(response.request_id, response.prompt.model, response.prompt.prompt_tokens)
     elif kind == "delta":
         delta = response.delta
-        yield Delta(delta.index, delta.text, tuple(delta.token_ids), tuple(logprobs_from_pb(delta.logprobs)))
+        logprobs = tuple(logprobs_from_pb(delta.logprobs)) if delta.HasField("logprobs") else ()
+        yield Delta(delta.index, delta.text, tuple(delta.token_ids), logprobs)
     elif kind == "finished":
         done = response.finished
         yield Finished(done.index, finish_reason_from_pb(done.finish_reason), done.stop_match)
@@ -137,9 +142,34 @@ def tokenize_request(text: str | None, messages: Sequence[Message] | None, model
     """Raises InvalidRequestError unless exactly one of text and messages is given."""
     if (text is None) == (messages is None):
         raise InvalidRequestError("give either text or messages", field="input")
-    if messages is not None:
-        return inference_pb2.TokenizeRequest(model=model, messages=chat_messages(messages))
-    return inference_pb2.TokenizeRequest(model=model, text=text or "")
+    try:
+        if messages is not None:
+            return inference_pb2.TokenizeRequest(model=model, messages=chat_messages(messages))
+        return inference_pb2.TokenizeRequest(model=model, text=text or "")
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequestError(f"this can't be tokenized: {exc}", field="input") from exc
+
+
+def detokenize_request(
+    token_ids: Sequence[int], model: str, *, skip_special_tokens: bool
+) -> inference_pb2.DetokenizeRequest:
+    """Raises InvalidRequestError for what can be no token id."""
+    try:
+        return inference_pb2.DetokenizeRequest(
+            model=model, token_ids=token_ids, skip_special_tokens=skip_special_tokens
+        )
+    except (TypeError, ValueError) as exc:
+        raise InvalidRequestError(f"not a list of token ids: {exc}", field="token_ids") from exc
+
+
+def deadline(timeout: float | None, default: float | None) -> float | None:
+    """Seconds for gRPC, which takes endless ones for none left. Raises InvalidRequestError for NaN."""
+    seconds = default if timeout is None else timeout
+    if seconds is None or seconds < LONGEST_TIMEOUT:
+        return seconds
+    if math.isnan(seconds):
+        raise InvalidRequestError("a timeout is a number of seconds", field="timeout")
+    return LONGEST_TIMEOUT
 
 
 def _usage(message: types_pb2.Usage) -> Usage:

@@ -28,6 +28,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated
 
     def set_serving(self, serving: bool) -> None:
         """Changes the status of every service and wakes all watchers."""
+        if serving == self.serving:
+            return
         self.serving = serving
         self._changed.set()
         self._changed = asyncio.Event()

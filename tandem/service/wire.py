@@ -75,7 +75,8 @@ def delta_from_pb(message: pb.TokenDelta) -> TokenDelta:
         index=message.index,
         position=message.position,
         token_ids=list(message.token_ids),
-        logprobs=logprobs_from_pb(message.logprobs),
+        # Asked first: a look into an absent message makes one, for every token.
+        logprobs=logprobs_from_pb(message.logprobs) if message.HasField("logprobs") else [],
     )
 
 

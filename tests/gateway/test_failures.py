@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import time
 from typing import Any
 
 import grpc
@@ -12,7 +15,7 @@ from grpc_status import rpc_status
 
 from tandem.errors import OverloadedError, UnavailableError
 from tandem.service.status import from_rpc_error
-from tandem.v1 import decode_pb2, types_pb2
+from tandem.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 
 
 @pytest.mark.parametrize("phase", [0, 1])
@@ -128,6 +131,90 @@ async def test_decode_fails_mid_stream(cluster: Cluster, serve: Any, failure: st
     assert responses[-1].end.timings.migrations == 1
     second = max(cluster.decode, key=lambda worker: len(worker.records[0].outputs[0].token_ids))
     assert list(second.records[0].outputs[0].token_ids) == expected(3)
+
+
+async def test_a_held_up_gateway_takes_no_worker_for_dead(cluster: Cluster, serve: Any) -> None:
+    """It wakes to messages that wait for it: silence was its own."""
+    await cluster.start()
+    cluster.decode[0].stream_pause_after = 2
+    front = await serve()
+    call = front.stream()
+    await until(lambda: cluster.decode[0].tokens_sent == 2)
+    time.sleep(2.0)  # noqa: ASYNC251  # longer than `heartbeat_timeout`
+    await asyncio.sleep(0.2)
+    assert all(worker.ready for worker in (*front.gateway.pool.decode, *front.gateway.pool.prefill))
+    cluster.decode[0].resume.set()
+    responses = await front.collect(call)
+    assert tokens_of(responses) == expected(8)
+    assert responses[-1].end.timings.migrations == 0
+
+
+async def test_decode_worker_that_no_message_reaches(cluster: Cluster, serve: Any) -> None:
+    """The first write never gets through, as when a host is gone: the request moves on all the same."""
+    await cluster.start(prefill=0, decode=2)
+    cluster.decode[1].load.free_blocks = 500
+    front = await serve()
+    # The kernel takes connections; nobody ever answers.
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{mute.getsockname()[1]}")
+        for worker in front.gateway.pool.decode:
+            if worker.address == cluster.decode[0].address:
+                worker.stub.Decode = decode_pb2_grpc.DecodeServiceStub(channel).Decode
+        assert tokens_of(await front.collect(front.stream())) == expected(8)
+        await channel.close()
+
+
+def _undecodable(data: bytes) -> Any:
+    raise ValueError(f"{len(data)} bytes of something else")
+
+
+def _inconsistent(data: bytes) -> Any:
+    """Log probabilities that lack their alternatives."""
+    response = decode_pb2.DecodeResponse.FromString(data)
+    for delta in response.tokens.deltas:
+        delta.logprobs.CopyFrom(types_pb2.TokenLogprobs(token_logprobs=[-1.0], top_count=3))
+    return response
+
+
+@pytest.mark.parametrize("decoder", [_undecodable, _inconsistent])
+async def test_a_worker_that_talks_nonsense(cluster: Cluster, serve: Any, decoder: Any) -> None:
+    """INTERNAL at once: neither a hang until the deadline nor the client's fault."""
+    await cluster.start(prefill=0)
+    front = await serve()
+    worker = front.gateway.pool.decode[0]
+    worker.stub.Decode = worker.channel.stream_stream(
+        "/tandem.v1.DecodeService/Decode",
+        request_serializer=decode_pb2.DecodeRequest.SerializeToString,
+        response_deserializer=decoder,
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await front.collect(front.stream(timeout=5))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    await until(lambda: cluster.decode[0].open == 0)
+
+
+async def test_a_full_queue_sends_nobody_away_who_had_begun(cluster: Cluster, serve: Any) -> None:
+    """The only place for a request whose worker died is that queue."""
+    await cluster.start(prefill=0, decode=2)
+    first, second = cluster.decode
+    for worker in cluster.decode:
+        worker.info.max_sequences = 1
+        worker.stream_pause_after = 1
+        worker.faults = ["one"]
+    front = await serve(max_queue=1)
+    calls = [front.stream(), front.stream()]
+    await until(lambda: first.tokens_sent == second.tokens_sent == 1)
+    calls.append(front.stream())
+    dispatcher = front.gateway.servicer._services.dispatcher
+    waiting = asyncio.ensure_future(calls[2].initial_metadata())
+    await until(lambda: dispatcher.waiting == 1)
+    first.die_after = 2
+    first.resume.set()
+    await until(lambda: not first.faults)
+    second.resume.set()
+    for call in calls:
+        assert tokens_of(await front.collect(call)) == expected(8)
+    await waiting
 
 
 async def test_decode_dies_while_prefill_runs(cluster: Cluster, serve: Any) -> None:

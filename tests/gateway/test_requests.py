@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -15,7 +16,10 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from gateway import convert
+from gateway.config import Limits
 from gateway.tokenizer import Tokenizer
+from tandem.errors import InvalidRequestError
 from tandem.service.status import from_rpc_error
 from tandem.v1 import decode_pb2, inference_pb2, inference_pb2_grpc, types_pb2
 
@@ -209,6 +213,31 @@ async def test_bad_input(cluster: Cluster, serve: Any) -> None:
     assert cluster.decode[0].records == []
 
 
+def _huge(field: str) -> inference_pb2.GenerateRequest:
+    if field == "token_ids":
+        return inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=[5] * 4_000_000))
+    if field == "messages":
+        chat = inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage()] * 200_000)
+        return inference_pb2.GenerateRequest(messages=chat)
+    stopping = types_pb2.StoppingParams()
+    if field == "stopping.stop":
+        stopping.stop.extend(["a"] * 1_000_000)
+    else:
+        stopping.stop_token_ids.extend([5] * 4_000_000)
+    return inference_pb2.GenerateRequest(text="Hi", stopping=stopping)
+
+
+@pytest.mark.parametrize("field", ["token_ids", "messages", "stopping.stop", "stopping.stop_token_ids"])
+def test_long_lists_are_refused_before_they_are_copied(field: str) -> None:
+    """A message has room for tens of millions of entries; copies of them would hold up every stream."""
+    request = _huge(field)
+    began = time.process_time()
+    with pytest.raises(InvalidRequestError) as caught:
+        convert.asked(request, Limits())
+    assert caught.value.field == field
+    assert time.process_time() - began < 0.02
+
+
 async def test_unknown_model_and_listing(cluster: Cluster, serve: Any) -> None:
     """NOT_FOUND; the listing says what is served."""
     await cluster.start(decode=2)
@@ -353,6 +382,29 @@ def _get(address: str, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
+async def test_latency_metrics(cluster: Cluster, serve: Any) -> None:
+    """The first token counts when it comes, not when the stream ends; gaps are within one choice."""
+    await cluster.start(prefill=0)
+    worker = cluster.decode[0]
+    worker.pause, worker.stream_pause_after = 0.05, 3
+    front = await serve()
+    call = front.stream(sampling=types_pb2.SamplingParams(n=4))
+    await until(lambda: worker.tokens_sent == 12)
+    await asyncio.sleep(0.1)
+    registry = front.gateway.metrics.registry
+
+    def value(name: str) -> float:
+        found = registry.get_sample_value(f"tandem_{name}", {"role": "gateway"})
+        assert found is not None
+        return found
+
+    assert value("time_to_first_token_seconds_count") == 1
+    assert value("inter_token_latency_seconds_count") == 8
+    assert value("inter_token_latency_seconds_sum") / 8 > 0.045
+    worker.resume.set()
+    await front.collect(call)
+
+
 async def test_health_and_metrics(cluster: Cluster, serve: Any) -> None:
     """Both say not serving until a pair is ready; metrics have the field's names."""
     worker = await cluster.add_decode()
@@ -373,3 +425,24 @@ async def test_health_and_metrics(cluster: Cluster, serve: Any) -> None:
     assert (await asyncio.to_thread(_get, address, "/healthz"))[0] == 503
     assert (await asyncio.to_thread(_get, address, "/nothing"))[0] == 404
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_health_says_no_while_draining(cluster: Cluster, serve: Any) -> None:
+    """Over gRPC and HTTP, from the start of the drain, whatever workers report meanwhile."""
+    await cluster.start(prefill=0)
+    worker = cluster.decode[0]
+    worker.stream_pause_after = 1
+    front = await serve()
+    health = health_pb2_grpc.HealthStub(front.channel)
+    call = front.stream()
+    await until(lambda: worker.tokens_sent == 1)
+    draining = asyncio.create_task(front.gateway._drain(10))
+    await asyncio.sleep(0.3)  # several load reports
+    assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (await asyncio.to_thread(_get, front.gateway.http_address, "/healthz"))[0] == 503
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await front.collect(front.stream())
+    assert from_rpc_error(caught.value).reason == "DRAINING"
+    worker.resume.set()
+    assert tokens_of(await front.collect(call)) == expected(8)
+    await draining

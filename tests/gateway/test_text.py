@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from gguf import GGUFWriter, TokenType
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from gateway.chat import ChatTemplate
 from gateway.detokenizer import Detokenizer
 from gateway.stop import StopMatcher
+from gateway.text import TextService
 from gateway.tokenizer import TextConfig, Tokenizer, load_tokenizer
 from tandem.errors import InvalidRequestError, ModelFormatError
 
@@ -52,6 +55,37 @@ def test_equals_transformers(tokenizer: Tokenizer, model_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     rendered = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert ChatTemplate(tokenizer).encode([("system", "Be brief."), ("user", "Hi")]) == rendered
+
+
+async def test_the_event_loop_turns_while_long_texts_are_tokenized(tokenizer: Tokenizer) -> None:
+    """A thread alone doesn't do: the work has to let go of the interpreter as well."""
+    service = TextService(tokenizer)
+    for work in (service.encode("1 " * 200_000), service.encode_chat([("user", "<|im_end|>1 " * 40_000)])):
+        task, turns = asyncio.ensure_future(work), 0
+        while not task.done():
+            await asyncio.sleep(0.002)
+            turns += 1
+        assert len(await task) > 200_000
+        assert turns > 20
+    service.close()
+
+
+async def test_what_cannot_fit_is_refused_before_it_is_tokenized(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its size; what may fit is tokenized."""
+    service, longest = TextService(tokenizer), " " * 64
+    assert len(await service.encode(longest * 100, context=101)) <= 100
+    assert len(await service.encode("\x04" * 9000, context=101)) == 0, "the vocabulary lacks this byte"
+    assert len(await service.encode_chat([("user", "Hi")], context=100)) < 100
+    monkeypatch.setattr(tokenizer, "_backend", None)
+    with pytest.raises(InvalidRequestError, match="at least") as caught:
+        await service.encode("word " * 100_000, context=1000)
+    assert caught.value.field == "text"
+    with pytest.raises(InvalidRequestError, match="at least") as caught:
+        await service.encode_chat([("user", "<|im_end|>" * 100_000)], context=1000)
+    assert caught.value.field == "messages"
+    service.close()
 
 
 @settings(max_examples=150, deadline=None)
@@ -121,6 +155,16 @@ def test_chat_contents_hold_no_control_tokens(tokenizer: Tokenizer) -> None:
     assert attack in tokenizer.decode(ids, skip_special=False)
 
 
+def test_special_tokens_that_overlap_are_text(tokenizer: Tokenizer) -> None:
+    """What an escaped one leaves over begins no other."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+    backend.add_special_tokens(["ab#", "#cd"])
+    both = Tokenizer(backend, tokenizer.config)
+    ids = ChatTemplate(both).encode([("user", "ab#cd ab#cd#")])
+    assert not {backend.token_to_id("ab#"), backend.token_to_id("#cd")} & set(ids)
+    assert "ab#cd ab#cd#" in both.decode(ids, skip_special=False)
+
+
 def _with_template(tokenizer: Tokenizer, template: str | None) -> ChatTemplate:
     config = TextConfig("t", "llama", template, "<s>", "</s>", 100)
     return ChatTemplate(Tokenizer(tokenizer._backend, config))
@@ -137,6 +181,8 @@ def _with_template(tokenizer: Tokenizer, template: str | None) -> ChatTemplate:
         "{% if %}",
         "{{ messages[5].content }}",
         "{{ messages.append(1) }}",
+        "{{ 1 // 0 }}",
+        "{{ '{}'.format() }}",
     ],
 )
 def test_bad_templates_refuse(tokenizer: Tokenizer, template: str | None) -> None:
@@ -154,6 +200,16 @@ def test_template_environment(tokenizer: Tokenizer) -> None:
     )
     ids = _with_template(tokenizer, template).encode([("user", 'é"'), ("user", "b")])
     assert tokenizer.decode(ids) == '<s>{"role": "user", "content": "é\\""}20\n!'
+
+
+def test_templates_as_training_wrote_them(tokenizer: Tokenizer) -> None:
+    """Marks of what the model said mean nothing here; tojson takes what transformers' does."""
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+        "{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}"
+    )
+    ids = _with_template(tokenizer, template).encode([("user", "x"), ("assistant", "y")])
+    assert tokenizer.decode(ids) == 'x;y;{"a":"\\u00e9","b":1}'
 
 
 def _write_gguf(path: Path, model: str, tokens: list[str], **fields: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -103,6 +104,9 @@ def test_options_reach_the_wire(call: Any, fake_gateway: Any) -> None:
         ({"prompt": "a", "max_tokens": "many"}, ""),
         ({"token_ids": [-1]}, ""),
         ({"messages": [{"role": "user"}]}, "messages.messages[0]"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.messages[0]"),
+        ({"messages": ["hello"]}, "messages.messages[0]"),
+        ({"prompt": "a", "timeout": math.nan}, "timeout"),
         ({"prompt": "broken \ud800"}, ""),
     ],
 )
@@ -111,6 +115,19 @@ def test_what_cannot_be_sent(call: Any, arguments: dict[str, Any], field: str) -
     with pytest.raises(errors.InvalidRequestError) as caught:
         call("generate", **arguments)
     assert caught.value.field == field
+
+
+def test_what_cannot_be_tokenized(call: Any) -> None:
+    """The same of the two smaller calls."""
+    for method, argument in (("tokenize", "broken \ud800"), ("detokenize", [-1]), ("detokenize", ["a"])):
+        with pytest.raises(errors.InvalidRequestError):
+            call(method, argument)
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e12])
+def test_long_timeouts_are_no_short_ones(call: Any, timeout: float) -> None:
+    """gRPC's clock overflows there."""
+    assert call("generate", "one two", timeout=timeout).text
 
 
 def test_server_errors_come_back_as_they_were(call: Any, fake_gateway: Any) -> None:
@@ -180,6 +197,27 @@ async def test_leaving_an_async_stream_cancels_it(fake_gateway: Any) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert await asyncio.to_thread(fake_gateway[0].cancelled.wait, 10)
+
+
+async def test_closing_an_async_stream_ends_its_reader(fake_gateway: Any) -> None:
+    """Another task's loop ends; that task isn't cancelled."""
+    fake_gateway[0].hang = True
+    async with AsyncClient(fake_gateway[1]) as client:
+        stream = client.stream("one")
+        begun = asyncio.Event()
+
+        async def read() -> int:
+            count = 0
+            async for _event in stream:
+                begun.set()
+                count += 1
+            return count
+
+        task = asyncio.create_task(read())
+        await begun.wait()
+        await stream.close()
+        assert await task >= 1
+        assert [event async for event in stream] == []
 
 
 def test_top_level_names() -> None:
