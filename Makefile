@@ -1,9 +1,9 @@
 # Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
 .DEFAULT_GOAL := help
-.PHONY: help setup run test exact check bench clean
+.PHONY: help setup run test exact check bench bench-peers clean
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: ## .venv with pinned packages, and the default model (instant when nothing changed)
 	@scripts/setup
@@ -22,6 +22,9 @@ check: setup ## ruff, mypy strict, import-linter, buf lint, stub freshness
 
 bench: setup ## one JSON line per point: the engine alone, then through the gateway
 	@exec scripts/bench $(ARGS)
+
+bench-peers: setup ## beside OpenVINO, vLLM and llama.cpp on this machine, as ratios (PEERS=, ROUNDS=, POINTS=)
+	@exec .venv/bin/python -m bench.peers $(ARGS)
 
 clean: ## remove .venv and caches of tools
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache node_modules build *.egg-info

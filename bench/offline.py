@@ -2,31 +2,32 @@
 
     python -m bench.offline --model default --points pp512,pp8x512,tg1,tg8 --json
 
-ppN is one N-token prompt, ppBxN is B of them, tgB is B sequences of 128 tokens in and 128 out, decode only. Prompts are
-random token ids, decoding is greedy, end-of-sequence is ignored and the prefix cache is off. Prints one JSON object a
-line; each figure is the median over `--runs` runs after one that is not counted.
+ppN is one N-token prompt, ppBxN is B of them, tgB is B sequences of 128 tokens in and 128 out, decode only; tgB@N has
+N tokens in. Prompts are random token ids, decoding is greedy, end-of-sequence is ignored and the prefix cache is off.
+Prints one JSON object a line; each figure is the median over `--runs` runs after one that is not counted (points with
+more than 16,384 prompt tokens: one run).
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.points import Point, parse_points
+from bench.points import Point, parse_points, run_points
 from bench.report import emit
 from engine.batch import Batch, SampleSpec, Slice
 from engine.block_pool import BlockPool
 from engine.block_table import BlockTable
-from engine.config import resolve_engine_config
+from engine.config import DEFAULT_NUM_BLOCKS, resolve_engine_config
 from engine.loading import Engine, load_engine
 from tandem.models import resolve_model
 from tandem.record import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
+BLOCK_SIZE = 16
 
 
 @dataclass(slots=True)
@@ -101,18 +102,9 @@ class OfflineBench:
             sequence.tokens.extend(sample.token_id for sample in drawn)
 
 
-def run_points(measure: Callable[[Point], float], points: Sequence[Point], runs: int) -> Iterator[dict[str, object]]:
-    """Measures each point `runs` times after one uncounted run; rows hold median, minimum and maximum."""
-    for point in points:
-        measure(point)
-        values = [measure(point) for _ in range(runs)]
-        yield {
-            "point": point.name,
-            "tokens_per_s": round(statistics.median(values), 2),
-            "min": round(min(values), 2),
-            "max": round(max(values), 2),
-            "runs": runs,
-        }
+def blocks_for(points: Sequence[Point], block_size: int) -> int:
+    """KV blocks that the largest of `points` needs."""
+    return max(point.sequences * -(-point.context_tokens // block_size) for point in points)
 
 
 def main() -> None:
@@ -134,6 +126,8 @@ def main() -> None:
                 "model": resolve_model(arguments.model),
                 "compute": arguments.compute,
                 "dtype": arguments.dtype,
+                "block_size": BLOCK_SIZE,
+                "num_blocks": max(DEFAULT_NUM_BLOCKS, blocks_for(points, BLOCK_SIZE)),
                 "max_step_tokens": max(arguments.chunk_size, 64),
                 "threads": arguments.threads,
             }
