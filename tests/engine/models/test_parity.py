@@ -128,6 +128,23 @@ def test_random_configs_match_transformers(
         assert error < 1e-4, (float(error), overrides)
 
 
+def test_a_tied_model_with_another_head(save_tiny: Callable[..., Any], make_driver: Callable[..., Any]) -> None:
+    """The file's own head is used, by transformers and by us."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = save_tiny("llama", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    prompt = _prompt(30, 211)
+    (logits,) = make_driver(folder).run([prompt], chunk=30)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("rope", [LLAMA3, LINEAR, YARN], ids=lambda rope: str(rope["rope_type"]))
 def test_old_spellings_mean_the_same(
     rope: dict[str, Any], save_tiny: Callable[..., Any], make_driver: Callable[..., Any]

@@ -37,6 +37,22 @@ def test_every_dtype(write_folder: WriteFolder) -> None:
     assert torch.equal(checkpoint.tensor("a"), values)
 
 
+def test_a_head_of_its_own_wins_over_the_tie(write_folder: WriteFolder) -> None:
+    """As in transformers 5: tied when the file has no head or the same one, whatever else config.json claims."""
+    table = torch.arange(32.0 * 32).view(32, 32)
+    for head, claim, tied in (
+        (None, True, True),
+        (table, True, True),
+        (table.flip(0), True, False),
+        (table.bfloat16(), True, False),
+        (table, False, False),
+    ):
+        heads = {} if head is None else {"lm_head.weight": head.contiguous()}
+        tensors = {"model.embed_tokens.weight": table.clone(), **{name: t.clone() for name, t in heads.items()}}
+        folder = write_folder({"tie_word_embeddings": claim}, tensors)
+        assert read_config(folder).tie_embeddings is tied
+
+
 def _shard(folder: Path, weight_map: dict[str, str]) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
