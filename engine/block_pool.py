@@ -241,6 +241,8 @@ class BlockPool:
             raise IntegrityError("a block is in the free list twice")
         if any(refs < 0 for refs in self._refs):
             raise IntegrityError("a reference count is negative")
+        if alien := sorted((free | evictable | self._hash_of.keys()) - set(range(self.num_blocks))):
+            raise IntegrityError(f"blocks that the pool doesn't have: {alien}")
         if free & evictable or free & used or evictable & used:
             raise IntegrityError(f"blocks in two states: {sorted(free & evictable | free & used | evictable & used)}")
         if lost := set(range(self.num_blocks)) - free - evictable - used:
@@ -263,6 +265,8 @@ class BlockPool:
         counts = [0] * self.num_blocks
         for blocks in holders:
             for block in blocks:
+                if not 0 <= block < self.num_blocks:
+                    raise IntegrityError(f"somebody holds block {block} of {self.num_blocks}")
                 counts[block] += 1
         if counts != self._refs:
             wrong = {b: (self._refs[b], counts[b]) for b in range(self.num_blocks) if counts[b] != self._refs[b]}

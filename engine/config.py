@@ -8,9 +8,11 @@ Torch-free. `ModelConfig` is built by `engine.weights` from a checkpoint's own m
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Final, Literal
 
 from tandem.errors import ConfigError
@@ -25,6 +27,9 @@ DTYPES: Final = ("auto", "float32", "bfloat16")
 DTYPE_ALIASES: Final = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16"}
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
 BLOCK_SIZES: Final = (1, 256)
+
+CGROUP_LIMITS: Final = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""A container's memory limit as it sees it, in bytes: cgroup version 2, and 1."""
 
 DEFAULT_NUM_BLOCKS: Final = 2048
 DEFAULT_KV_SHARE: Final = 0.125
@@ -251,5 +256,10 @@ def _boolean(settings: Settings, key: str, default: bool) -> bool:
 
 
 def _machine_memory() -> int:
-    """Bytes of physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of physical memory, or what this container may use of it when that is less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        # Not there, or "max".
+        with contextlib.suppress(OSError, ValueError):
+            memory = min(memory, int(Path(path).read_text(encoding="ascii")))
+    return memory

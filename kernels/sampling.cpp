@@ -121,9 +121,10 @@ double exponentials(const float* x, int64_t n, float top, float scale, float* we
     return total;
 }
 
-inline float to_float(double value) {  // a tiny repetition penalty must not make an infinity
+// The edited logit. A tiny repetition penalty must not make an infinity; what the model rules out (-inf) stays out.
+inline float edited_logit(float before, double value) {
     const double limit = std::numeric_limits<float>::max();
-    return (float)std::min(std::max(value, -limit), limit);
+    return before == NEG_INF ? NEG_INF : (float)std::min(std::max(value, -limit), limit);
 }
 
 void penalize(const Draw& draw, const Lists& lists, int64_t vocab, Scratch& scratch) {
@@ -140,7 +141,7 @@ void penalize(const Draw& draw, const Lists& lists, int64_t vocab, Scratch& scra
         double value = x[id];
         value = value > 0 ? value / draw.repetition : value * draw.repetition;
         if (times) value -= draw.presence + draw.frequency * times;
-        x[id] = to_float(value);
+        x[id] = edited_logit(x[id], value);
     }
     for (int64_t i = draw.seen_begin; i < draw.output_end; ++i) counts[lists.seen[i]] = 0;
 }
@@ -367,8 +368,10 @@ int32_t draw_one(const Draw& draw, const Lists& lists, const float* row, int64_t
     float* x = scratch.logits.data();
     if (edited) {
         penalize(draw, lists, vocab, scratch);
-        for (int64_t i = draw.bias_begin; i < draw.bias_end; ++i)
-            x[lists.bias_ids[i]] = to_float((double)x[lists.bias_ids[i]] + lists.bias_values[i]);
+        for (int64_t i = draw.bias_begin; i < draw.bias_end; ++i) {
+            float& logit = x[lists.bias_ids[i]];
+            logit = edited_logit(logit, (double)logit + lists.bias_values[i]);
+        }
         for (int64_t i = draw.suppress_begin; i < draw.suppress_end; ++i) x[lists.suppress[i]] = NEG_INF;
         top = finite_max(x, vocab);
         if (top != top) return ALL_BANNED;

@@ -246,9 +246,11 @@ def draw_reference(row: torch.Tensor, spec: Spec) -> Drawn:
 
 
 def _edited(logits: Any, spec: Spec) -> Any:
-    """Penalties, bias, banned ids; float32 [V] values in float64, kept finite as the C++ code does."""
+    """Penalties, bias, banned ids; float32 [V] values in float64, kept finite as the C++ code does, or -inf."""
     params = spec.params
     most = float(np.finfo(np.float32).max)
+    out = logits == -np.inf
+    logits = np.where(out, 0.0, logits)
     if params.has_penalties:
         seen = np.unique(np.array([*spec.prompt, *spec.output], np.int64))
         values = logits[seen]
@@ -259,6 +261,7 @@ def _edited(logits: Any, spec: Spec) -> Any:
     for token, value in params.logit_bias.items():
         logits[token] = np.float32(np.clip(logits[token] + value, -most, most))
     logits[list(spec.suppress)] = -np.inf
+    logits[out] = -np.inf
     return logits
 
 

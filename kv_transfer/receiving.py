@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kv_transfer.layout import KvLayout, check_compatible
 from kv_transfer.leases import COPY_WAIT_SECONDS, CommitResult, Lease, LeaseTable
@@ -119,7 +119,8 @@ class ReceiveSession:
             if len(self._pending) >= self._window:
                 raise InvalidRequestError(f"more than {self._window} unacknowledged offers", field="offer.sequence")
             self._pending.add(offer.sequence)
-            self._offers.append(offer)
+            # Kept for the commit's check: without the bytes, or a long prompt's whole KV would gather here.
+            self._offers.append(replace(offer, payload=b"", checksums=()))
         self._next_token = offer.token_end
         return CopyPlan(offer, lease.blocks[first : first + len(offer.blocks)])
 

@@ -61,10 +61,10 @@ class ShmSource:
             self._listener.bind(_address(self._name))
             self._listener.listen(64)
             self._listener.setblocking(False)
+            self._watcher.watch(self._listener, self._accept)
         except OSError as error:
             self._listener.close()
             raise ConfigError(f"can't listen for readers of shared memory: {error}") from error
-        self._watcher.watch(self._listener, self._accept)
 
     def endpoint(self) -> bytes:
         """Version and random name of the socket."""
@@ -97,12 +97,11 @@ class ShmSource:
                 return
             connection.setblocking(False)
             socket.send_fds(connection, [_GREETING_MAGIC + self.incarnation.encode()], [self._shared.read_only_fd])
+            # A reader has nothing to say: readable means that it ended (or misbehaves).
+            self._watcher.watch(connection, lambda: self._watcher.forget(connection))
         except (OSError, ConfigError):
-            # The reader went away again, or the pool is closing.
+            # The reader went away again, the pool is closing, or the system can't watch one more.
             connection.close()
-            return
-        # A reader has nothing to say: readable means that it ended (or misbehaves).
-        self._watcher.watch(connection, lambda: self._watcher.forget(connection))
 
 
 class ShmTarget:
@@ -145,10 +144,21 @@ class ShmTarget:
             first = self._pools.setdefault(key, pool)
         if first is not pool:
             connection.close()
-        elif not self._watcher.watch(connection, lambda: self._drop(key, connection)):
-            self._pools.clear()
-            raise UnavailableError("this worker is closing", reason="CLOSING")
+        else:
+            self._watch(connection, key)
         return first
+
+    def _watch(self, connection: socket.socket, key: tuple[bytes, str]) -> None:
+        """Drop the map when the connection ends. One that can't be watched isn't kept: it would outlive its source."""
+        try:
+            if self._watcher.watch(connection, lambda: self._drop(key, connection)):
+                return
+            problem = UnavailableError("this worker is closing", reason="CLOSING")
+        except OSError as error:
+            problem = UnavailableError(f"can't watch the sender: {error}", reason="WATCH_FAILED")
+        with self._lock:
+            self._pools.pop(key, None)
+        raise problem
 
     def _drop(self, key: tuple[bytes, str], connection: socket.socket) -> None:
         with self._lock:

@@ -29,15 +29,20 @@ class SocketWatcher:
         self._closed = False
 
     def watch(self, sock: socket.socket, on_readable: Callable[[], None]) -> bool:
-        """Own `sock` from now on. False after `close` (the socket is closed then)."""
+        """Own `sock` from now on. False after `close` (the socket is closed then).
+
+        Raises OSError when the system can't watch it (descriptors, memory); the socket is closed then, too.
+        """
         with self._lock:
             if self._closed:
                 sock.close()
                 return False
-            self._start()
+            try:
+                self._start().register(sock, selectors.EVENT_READ, on_readable)
+            except OSError:
+                sock.close()
+                raise
             self._watched[sock] = on_readable
-            assert self._selector is not None
-            self._selector.register(sock, selectors.EVENT_READ, on_readable)
             return True
 
     def forget(self, sock: socket.socket) -> None:
@@ -52,14 +57,21 @@ class SocketWatcher:
         with self._lock:
             return len(self._watched)
 
-    def _start(self) -> None:
-        if self._thread is not None:
-            return
-        self._selector = selectors.DefaultSelector()
-        self._wake = socket.socketpair()
-        self._selector.register(self._wake[0], selectors.EVENT_READ, None)
-        self._thread = threading.Thread(target=self._run, args=(self._selector,), name=self._name, daemon=True)
+    def _start(self) -> selectors.BaseSelector:
+        """The selector of the running thread."""
+        if self._selector is not None:
+            return self._selector
+        with contextlib.ExitStack() as undo:
+            selector = undo.enter_context(selectors.DefaultSelector())
+            wake = socket.socketpair()
+            for end in wake:
+                undo.enter_context(end)
+            selector.register(wake[0], selectors.EVENT_READ, None)
+            undo.pop_all()
+        self._selector, self._wake = selector, wake
+        self._thread = threading.Thread(target=self._run, args=(selector,), name=self._name, daemon=True)
         self._thread.start()
+        return selector
 
     def _run(self, selector: selectors.BaseSelector) -> None:
         while not self._closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, RopeConfig
+from engine.weights.fields import MAX_SIZE
 from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
 MAX_HEAD_DIM: Final = 256
 HEAD_DIM_STEP: Final = 8
+MAX_CONTEXT: Final = 1 << 24
+"""Tokens. RoPE tables grow with the context, so a file must not ask for any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return SafetensorsCheckpoint(where)
     if not where.exists():
         raise ModelFormatError(f"{where}: no such file or folder")
+    if not where.is_file():
+        raise ModelFormatError(f"{where}: neither a file nor a folder")
     if where.suffix == ".safetensors":
         raise ModelFormatError(f"{where}: give the folder that holds it, with its config.json")
     if where.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}:
@@ -104,16 +110,30 @@ def check_config(config: ModelConfig, source: Path) -> ModelConfig:
     """Return `config` when the engine can run it. Raises ModelFormatError saying what it cannot."""
     if config.num_heads % config.num_kv_heads:
         raise ModelFormatError(f"{source}: {config.num_heads} heads do not divide by {config.num_kv_heads} KV heads")
-    if config.head_dim % HEAD_DIM_STEP or config.head_dim > MAX_HEAD_DIM:
+    if config.head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= config.head_dim <= MAX_HEAD_DIM:
         raise ModelFormatError(
             f"{source}: heads of {config.head_dim} are not supported: multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
         )
-    rope = config.rope
-    if rope.rotary_dim % 2 or rope.rotary_dim > config.head_dim:
-        raise ModelFormatError(f"{source}: {rope.rotary_dim} rotary elements do not fit heads of {config.head_dim}")
-    if rope.frequency_factors is not None and len(rope.frequency_factors) != rope.rotary_dim // 2:
-        raise ModelFormatError(f"{source}: {len(rope.frequency_factors)} RoPE factors for {rope.rotary_dim} elements")
+    if not 1 <= config.vocab_size <= MAX_SIZE:
+        raise ModelFormatError(f"{source}: a vocabulary of {config.vocab_size}")
+    if config.max_context > MAX_CONTEXT:
+        raise ModelFormatError(f"{source}: a context of {config.max_context} tokens; at most {MAX_CONTEXT} work")
+    _check_rope(config.rope, config.head_dim, source)
     outside = [i for i in config.eos_token_ids if i >= config.vocab_size]
     if outside:
         raise ModelFormatError(f"{source}: end token {outside[0]} is outside the vocabulary of {config.vocab_size}")
     return config
+
+
+def _check_rope(rope: RopeConfig, head_dim: int, source: Path) -> None:
+    if rope.rotary_dim % 2 or not 2 <= rope.rotary_dim <= head_dim:
+        raise ModelFormatError(f"{source}: {rope.rotary_dim} rotary elements do not fit heads of {head_dim}")
+    if rope.theta <= 1:
+        raise ModelFormatError(f"{source}: a RoPE base of {rope.theta}; it must be over 1")
+    factors = rope.frequency_factors
+    if factors is None:
+        return
+    if len(factors) != rope.rotary_dim // 2:
+        raise ModelFormatError(f"{source}: {len(factors)} RoPE factors for {rope.rotary_dim} elements")
+    if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        raise ModelFormatError(f"{source}: RoPE factors must be over 0")

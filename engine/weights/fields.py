@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -10,6 +9,8 @@ from typing import Final
 from tandem.errors import ModelFormatError
 
 MAX_SIZE: Final = 1 << 31
+MAX_NUMBER: Final = 1e30
+"""Finite in float32, and products of a few stay finite in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Fields:
             if default is None:
                 raise self.error(key, "is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
             raise self.error(key, f"must be a number, not {_shown(value)}")
         return float(value)
 

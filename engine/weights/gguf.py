@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.models.registry import Architecture, gguf_architecture
-from engine.weights.checkpoint import StoredTensor, check_config
+from engine.weights.checkpoint import MAX_HEAD_DIM, StoredTensor, check_config
 from engine.weights.fields import Fields
 from engine.weights.gguf_codes import group_weights
 from engine.weights.gguf_config import gguf_model_config
@@ -67,7 +67,7 @@ class GgufCheckpoint:
         try:
             self._header = read_header(self._file)
             self._architecture = _architecture(self._header, path)
-            self._entries = {_canonical(name): e for name, e in self._header.tensors.items() if name != _ROPE_FACTORS}
+            self._entries = _by_canonical_name(self._header, path)
             _check_types(self._entries, path)
             config = gguf_model_config(self._header, self._architecture, path, self._rope_factors())
             self._config = check_config(config, path)
@@ -159,6 +159,8 @@ class GgufCheckpoint:
             return None
         if entry.type is not _Q.F32:
             raise ModelFormatError(f"{self._file.path}: {_ROPE_FACTORS} must be F32, not {entry.type.name}")
+        if not 1 <= math.prod(entry.shape) <= MAX_HEAD_DIM:
+            raise ModelFormatError(f"{self._file.path}: {_ROPE_FACTORS} has the impossible shape {entry.shape}")
         return tuple(self._file.tensor(entry.start, entry.shape, torch.float32).flatten().tolist())
 
 
@@ -179,6 +181,18 @@ def _canonical(name: str) -> str:
     if match is None or match[2] not in _LAYER_NAMES:
         return name
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+
+
+def _by_canonical_name(header: Header, path: Path) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for name, entry in header.tensors.items():
+        if name == _ROPE_FACTORS:
+            continue
+        canonical = _canonical(name)
+        if canonical in entries:
+            raise ModelFormatError(f"{path}: tensors {entries[canonical].name} and {name} are the same one")
+        entries[canonical] = entry
+    return entries
 
 
 def _check_types(entries: dict[str, TensorEntry], path: Path) -> None:

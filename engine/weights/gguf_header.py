@@ -19,7 +19,9 @@ from engine.weights.mapping import MappedFile
 from tandem.errors import ModelFormatError
 
 MAX_TENSORS: Final = 1 << 18
-MAX_FIELDS: Final = 1 << 16
+MAX_FIELDS: Final = 1 << 12
+MAX_HEADER_BYTES: Final = 128 << 20
+"""Far above any vocabulary; bounds what a hostile file can make this process read and keep."""
 MAX_KEPT_ARRAY: Final = 4096
 """Longer arrays (vocabularies) are stepped over."""
 
@@ -62,12 +64,15 @@ class _Cursor:
 
     def __init__(self, file: MappedFile) -> None:
         self._path = file.path
-        self._data = file.view(0, file.size)
+        self._data = file.view(0, min(file.size, MAX_HEADER_BYTES))
+        self._whole = len(self._data) == file.size
         self.at = 0
 
     def take(self, length: int) -> memoryview:
         """The next `length` bytes."""
         end = self.at + length
+        if end > len(self._data) and not self._whole:
+            raise ModelFormatError(f"{self._path}: not a valid GGUF file: a header of over {MAX_HEADER_BYTES} bytes")
         if end > len(self._data):
             raise ModelFormatError(
                 f"{self._path}: truncated: its header goes on past the file's {len(self._data)} bytes"

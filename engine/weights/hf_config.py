@@ -13,8 +13,8 @@ from engine.weights.fields import Fields
 from tandem.errors import ModelFormatError
 
 MAX_JSON_BYTES: Final = 100 << 20
-MISTRAL_DEFAULT_WINDOW: Final = 4096
-"""What transformers takes when a Mistral config.json has no `sliding_window`."""
+DEFAULT_WINDOW: Final = 4096
+"""What transformers takes when a config.json has no `sliding_window`; null means that there is none."""
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -95,21 +95,18 @@ def _refuse_variants(fields: Fields) -> None:
 
 def _sliding(fields: Fields, architecture: Architecture, layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
     """The window, and the layers that have it (None: all)."""
-    if architecture.name == "llama":
+    qwen = architecture.name in ("qwen2", "qwen3")
+    if architecture.name == "llama" or (qwen and not fields.boolean("use_sliding_window", False)):
         return None, None
-    if architecture.name == "mistral":
-        if "sliding_window" in fields.values:
-            return fields.optional_integer("sliding_window"), None
-        return MISTRAL_DEFAULT_WINDOW, None
-    if not fields.boolean("use_sliding_window", False):
-        return None, None
-    window = fields.integer("sliding_window", 4096)
+    window = fields.optional_integer("sliding_window") if "sliding_window" in fields.values else DEFAULT_WINDOW
+    if window is None or not qwen:
+        return window, None
     first = fields.integer("max_window_layers", 28, low=0)
     types = fields.get("layer_types")
     if types is None:
         return window, tuple(layer >= first for layer in range(layers))
     known = {"full_attention", "sliding_attention"}
-    if not isinstance(types, list) or len(types) != layers or not all(t in known for t in types):
+    if not isinstance(types, list) or len(types) != layers or not all(isinstance(t, str) and t in known for t in types):
         raise fields.error("layer_types", f"must be a list of {layers} of {', '.join(sorted(known))}")
     return window, tuple(t == "sliding_attention" for t in types)
 
@@ -126,20 +123,20 @@ def _end_tokens(folder: Path, fields: Fields) -> tuple[int, ...]:
 def _rope(fields: Fields, head_dim: int) -> tuple[RopeConfig, int]:
     """RoPE settings and the context in tokens that they reach."""
     scaling = _scaling(fields)
-    kind = next((k for k in ROPE_KINDS if k == scaling.text("rope_type", scaling.text("type", "default"))), None)
+    named = scaling.text("rope_type", scaling.text("type", "default"))
+    kind = next((k for k in ROPE_KINDS if k == named), None)
     if kind is None:
-        raise scaling.error(
-            "rope_type", f"{scaling.get('rope_type')!r} is not supported; known: {', '.join(ROPE_KINDS)}"
-        )
+        raise scaling.error("rope_type", f"{named!r} is not supported; known: {', '.join(ROPE_KINDS)}")
     positions = fields.integer("max_position_embeddings")
     original = scaling.integer(
         "original_max_position_embeddings", fields.integer("original_max_position_embeddings", positions)
     )
-    missing = kind in ("linear", "llama3") and scaling.get("factor") is None
-    if missing:
+    if kind in ("linear", "llama3") and scaling.get("factor") is None:
         raise scaling.error("factor", "is missing")
     factor = scaling.positive("factor", positions / original) if kind != "default" else 1.0
     partial = scaling.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    if not 0 < partial <= 1:
+        raise fields.error("partial_rotary_factor", f"must be over 0 and at most 1, not {partial}")
     rope = RopeConfig(
         theta=scaling.positive("rope_theta", fields.positive("rope_theta", 10000.0)),
         rotary_dim=int(head_dim * partial),
@@ -160,10 +157,13 @@ def _rope(fields: Fields, head_dim: int) -> tuple[RopeConfig, int]:
 
 
 def _scaling(fields: Fields) -> Fields:
-    """`rope_parameters` (transformers 5), else `rope_scaling` (transformers 4), else nothing."""
-    for key in ("rope_parameters", "rope_scaling"):
+    """`rope_scaling` (transformers 4), else `rope_parameters` (transformers 5), else nothing; empty is nothing.
+
+    transformers takes them in this order when a file has both.
+    """
+    for key in ("rope_scaling", "rope_parameters"):
         value = fields.get(key)
-        if value is None:
+        if not value:
             continue
         if not isinstance(value, Mapping):
             raise fields.error(key, "must be an object")

@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeGuard
 
@@ -29,6 +29,8 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 MAX_HEADER_BYTES: Final = 100 << 20
 MAX_SHARDS: Final = 4096
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
 DTYPES: Final[Mapping[str, torch.dtype]] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -57,7 +59,8 @@ class SafetensorsCheckpoint:
                 raise ModelFormatError(_not_a_model(folder))
             for path in _weight_files(folder):
                 self._add(path)
-            self._config = check_config(hf_model_config(folder, self._commonest_dtype()), folder)
+            config = check_config(hf_model_config(folder, self._commonest_dtype()), folder)
+            self._config = replace(config, tie_embeddings=config.tie_embeddings and not self._has_own_head())
         except BaseException:
             self.close()
             raise
@@ -123,6 +126,22 @@ class SafetensorsCheckpoint:
             if name in self._entries:
                 raise ModelFormatError(f"{path}: tensor {name} is in two files")
             self._entries[name] = entry
+
+    def _has_own_head(self) -> bool:
+        """True when there is an LM head that differs from the embeddings: it wins, as in transformers 5.
+
+        Whatever `tie_word_embeddings` says: a model whose head was trained apart would answer nonsense without it.
+        """
+        head, table = self._entries.get(HEAD), self._entries.get(EMBEDDING)
+        if head is None or table is None:
+            return False
+        if (head.dtype, head.shape) != (table.dtype, table.shape):
+            return True
+        one, other = (entry.file.tensor(entry.start, (entry.length,), torch.uint8) for entry in (head, table))
+        same = torch.equal(one, other)
+        self.release(HEAD)
+        self.release(EMBEDDING)
+        return not same
 
     def _commonest_dtype(self) -> str:
         sizes: Counter[str] = Counter()

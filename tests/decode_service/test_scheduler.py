@@ -558,21 +558,27 @@ def test_finish_of_a_waiting_request_ends_it() -> None:
     driver.assert_empty()
 
 
-def test_the_oldest_waiting_request_takes_room_from_younger_ones() -> None:
-    driver = Driver(num_blocks=10, block_size=4, prefix_cache=False)
-    driver.admit("a", make_record(8, seed=1, max_tokens=24))
-    driver.admit("b", make_record(8, seed=2, max_tokens=24))
-    admitted = driver.admit("c", make_record(12, seed=3, max_tokens=16), local=False)
-    while not driver.scheduler.load().waiting_requests:
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_the_oldest_waiting_request_takes_room_from_younger_ones(prefix_cache: bool) -> None:
+    driver = Driver(num_blocks=13, prefix_cache=prefix_cache)
+    scheduler = driver.scheduler
+    waiting, young = make_record(20, seed=2, max_tokens=24), make_record(12, seed=3, max_tokens=24)
+    driver.admit("old", make_record(4, seed=1, max_tokens=44))
+    driver.admit("waiting", make_record(20, seed=2, max_tokens=24))
+    admitted = driver.admit("young", make_record(12, seed=3, max_tokens=24), local=False)
+    while not scheduler.load().waiting_requests:
         driver.step()
-    record = make_record(12, seed=3, max_tokens=16)
-    driver.receive(admitted, record, [undisturbed(record).output(0)[:1]])
+    driver.receive(admitted, young, [undisturbed(young).output(0)[:1]])
+    for _ in range(9):
+        driver.step()
+    assert (scheduler.counters.preemptions, scheduler.load().waiting_requests) == (1, 1)
+    scheduler.cancel("old")
+    # What the old one had is not enough beside the young one.
+    driver.step()
+    assert scheduler.counters.preemptions == 2
     driver.run()
-    assert list(driver.seen) == ["a", "b", "c"]
-    for key, record in (
-        ("a", make_record(8, seed=1, max_tokens=24)),
-        ("b", make_record(8, seed=2, max_tokens=24)),
-        ("c", make_record(12, seed=3, max_tokens=16)),
-    ):
+    assert driver.seen["waiting"].ended.preemptions == 1
+    assert driver.seen["young"].ended.preemptions == 1
+    for key, record in (("waiting", waiting), ("young", young)):
         assert driver.seen[key].tokens == undisturbed(record).tokens
     driver.assert_empty()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine import config
 from engine.config import DEFAULT_NUM_BLOCKS, EngineConfig, ModelConfig, RopeConfig, resolve_engine_config
 from tandem.errors import ConfigError
 
@@ -48,6 +50,19 @@ def test_blocks_follow_memory() -> None:
     assert _resolve(shape=MODEL, max_sequences=3).num_blocks == 189
     assert _resolve(shape=MODEL, max_sequences=3, max_context=32).num_blocks == 6
     assert _resolve().num_blocks == DEFAULT_NUM_BLOCKS
+
+
+def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a large machine a small container gets a small cache; "max" and files that aren't there mean no limit."""
+    limits = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    monkeypatch.setattr(config, "CGROUP_LIMITS", tuple(map(str, limits)))
+    wide = dataclasses.replace(MODEL, max_context=1 << 20)
+    free = _resolve(shape=wide, max_sequences=4096).num_blocks
+    limits[0].write_text("max\n")
+    assert _resolve(shape=wide, max_sequences=4096).num_blocks == free
+    for number, limit in enumerate(limits, 1):
+        limit.write_text(f"{8192 * 8 * 100 // number}\n")
+        assert _resolve(shape=wide, max_sequences=4096).num_blocks == 100 // number
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import runpy
+
 import pytest
 
 from kv_transfer import registry
@@ -47,3 +50,8 @@ def test_nothing_in_common_names_both() -> None:
         registry.choose(["shm"], ["grpc"])
     with pytest.raises(IncompatibleError):
         registry.choose([], ["grpc"])
+
+
+def test_the_module_prints_what_this_machine_has(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("kv_transfer", run_name="__main__")
+    assert json.loads(capsys.readouterr().out) == {"transports": registry.available()}

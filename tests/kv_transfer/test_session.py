@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -268,6 +269,22 @@ def test_an_offer_below_or_beyond_the_needed_range(local_ends: Any) -> None:
     for offer in (Offer(0, 4, 8, (0,), (0,)), Offer(0, 4, 12, (0, 1), (0, 0)), Offer(0, 8, 16, (0, 1), (0, 0))):
         with pytest.raises(InvalidRequestError):
             receive.on_offer(offer)
+
+
+def test_a_session_keeps_no_bytes_of_what_it_has_copied(tools: Any) -> None:
+    """Else a long prompt's KV would lie in memory twice until its commit."""
+    ends = tools.make_ends("grpc")
+    send, receive = ends.opened(ends.grant(0, 8))
+    send.ready(4, [0])
+    offer = send.next_offer()
+    payload = offer.payload
+    send.on_ack(receive.copy(receive.on_offer(offer)))
+    del offer
+    holders = sys.getrefcount(payload) - 2  # this function's name and the argument
+    assert holders == 0
+    send.ready(8, [0, 1])
+    ends.pump(send, receive)
+    assert ends.commit(send, receive)
 
 
 # Commit.

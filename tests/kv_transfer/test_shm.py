@@ -290,6 +290,70 @@ def test_a_pool_closed_under_its_source(shared: SharedPool, target: ShmTarget) -
     source.close()
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_what_cannot_be_watched_is_not_kept(
+    shared: SharedPool, target: ShmTarget, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """No descriptors for the watcher, or no room to watch one more: an error, and nothing stays mapped or open."""
+    source = ShmSource(shared, "s")
+    if after:
+        target.connect(source.endpoint(), "s", LAYOUT)
+        target._pools.clear()
+    gc.collect()
+    files = len(os.listdir("/proc/self/fd"))
+
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target._watcher, "_start", fail) if after else patch.setattr(socket, "socketpair", fail)
+        with pytest.raises(UnavailableError) as caught:
+            target.connect(source.endpoint(), "s", LAYOUT)
+    assert caught.value.reason == "WATCH_FAILED"
+    assert target.sources == 0
+    del caught  # its traceback holds the map
+    gc.collect()
+    eventually(lambda: source.readers == after)
+    eventually(lambda: len(os.listdir("/proc/self/fd")) == files)
+    assert target.connect(source.endpoint(), "s", LAYOUT)
+    source.close()
+
+
+def test_a_source_survives_a_reader_that_it_cannot_watch(
+    shared: SharedPool, target: ShmTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one thread that answers readers doesn't die of it."""
+    source, plain, failures = ShmSource(shared, "s"), SocketWatcher._start, iter([OSError(errno.ENOSPC, "no room")])
+
+    def start(self: SocketWatcher) -> Any:
+        for failure in failures if self is source._watcher else ():
+            raise failure
+        return plain(self)
+
+    monkeypatch.setattr(SocketWatcher, "_start", start)
+    # The descriptor was on its way already; the target notices that the connection has ended.
+    target.connect(source.endpoint(), "s", LAYOUT)
+    eventually(lambda: target.sources == 0)
+    assert target.connect(source.endpoint(), "s", LAYOUT)
+    eventually(lambda: source.readers == 1)
+    assert target.sources == 1
+    source.close()
+
+
+def test_a_source_that_cannot_watch_is_refused(shared: SharedPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    files = len(os.listdir("/proc/self/fd"))
+
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, "no descriptors")
+
+    monkeypatch.setattr(socket, "socketpair", fail)
+    with pytest.raises(ConfigError, match="can't listen"):
+        ShmSource(shared, "s")
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ECONNABORTED])
 def test_accept_that_fails_is_tried_again(
     shared: SharedPool, target: ShmTarget, monkeypatch: pytest.MonkeyPatch, number: int

@@ -292,6 +292,7 @@ def run(machine: Any, examples: int, phases: tuple[Phase, ...] = tuple(Phase)) -
             max_examples=examples,
             phases=phases,
             stateful_step_count=40,
+            report_multiple_bugs=False,  # the first one is enough
             deadline=None,
             derandomize=True,
             database=None,

@@ -199,6 +199,15 @@ def _names_when_off(pool: BlockPool) -> None:
     pool.prefix_cache = False
 
 
+def _alien_free(pool: BlockPool) -> None:
+    pool._free.append(6)
+
+
+def _alien_name(pool: BlockPool) -> None:
+    pool._hash_of[-1] = b"f"
+    pool._block_of[b"f"] = -1
+
+
 def _leak(pool: BlockPool) -> None:
     pool.allocate(1)
 
@@ -214,6 +223,8 @@ def _leak(pool: BlockPool) -> None:
         (_named_free, "free blocks in the index"),
         (_nameless_evictable, "without a name"),
         (_names_when_off, "prefix cache is off"),
+        (_alien_free, "doesn't have: .6."),
+        (_alien_name, "doesn't have: .-1."),
         (_leak, "references held"),
     ],
 )
@@ -225,3 +236,29 @@ def test_check_integrity_sees_each_kind_of_damage(damage: Callable[[BlockPool], 
     damage(pool)
     with pytest.raises(IntegrityError, match=message):
         pool.check_integrity([held])
+
+
+@pytest.mark.parametrize("block", [-1, 6])
+def test_check_integrity_sees_holders_of_blocks_that_are_not_there(block: int) -> None:
+    """Even where a negative number would count as a block at the end, which somebody has."""
+    pool = BlockPool(6, 16)
+    held = pool.allocate(6)
+    assert held[-1] == 5
+    with pytest.raises(IntegrityError, match=f"holds block {block} of 6"):
+        pool.check_integrity([*([b] for b in held[:-1]), [block]])
+
+
+def test_the_least_recently_used_tail_goes_first() -> None:
+    """Of two prompts with a common head: the one used longer ago loses its blocks, from its end on; the head last."""
+    pool = BlockPool(5, 16)
+    old, new = [b"head", b"old 1", b"old 2"], [b"head", b"new 1", b"new 2"]
+    for names in (old, new):
+        blocks = pool.match(names)
+        blocks += pool.allocate(3 - len(blocks))
+        for block, name in zip(blocks, names, strict=True):
+            pool.register(block, name)
+        pool.release(blocks)
+    assert (pool.peek(old), pool.peek(new)) == (3, 3)
+    for left in ((2, 3), (1, 3), (1, 2), (1, 1), (0, 0)):
+        pool.allocate(1)
+        assert (pool.peek(old), pool.peek(new)) == left

@@ -190,6 +190,20 @@ def test_bad_logits_fail_alone(value: float, place: int, params: SamplingParams,
     assert draw(rows, [SampleSpec(0, params, 0)] * 3) == [good[0], Drawn(NOT_FINITE), good[2]]
 
 
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=3), SamplingParams(top_k=4, temperature=1e5, seed=4)])
+def test_what_the_model_rules_out_stays_out(params: SamplingParams, implementation: str) -> None:
+    """Neither penalties nor a bias bring a logit of -inf back, not even as the smallest finite number."""
+    row = torch.tensor([[-np.inf, 1.0, -np.inf, 0.0, -np.inf]], dtype=torch.float32)
+    edits = {"repetition_penalty": 1e-300, "frequency_penalty": -2.0, "logit_bias": {2: 100.0, 4: -100.0}}
+    spec = SampleSpec(0, replace(params, **edits), 0, prompt=[0, 4], output=[0], logprobs=5)  # type: ignore[arg-type]
+    (got,) = draw(row, [spec])
+    assert got.token_id in (1, 3)
+    assert got.top_token_ids == (1, 3, 0, 2, 4)
+    assert got.top_logprobs[2:] == (-np.inf,) * 3
+    everything = replace(spec, prompt=[0, 1, 2, 3, 4], suppress=(1, 3))
+    assert draw(row, [everything])[0].token_id == ALL_BANNED
+
+
 @pytest.mark.parametrize("bad", [-1, 50, 2**31, 2**40])
 def test_bad_ids_fail_alone(bad: int, implementation: str) -> None:
     rows = random_rows(50, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.models.loader import load_model
-from engine.weights import open_checkpoint, read_config
+from engine.weights import gguf_header, open_checkpoint, read_config
 from tandem.errors import ModelFormatError
 
 WriteGguf = Callable[..., Path]
@@ -175,6 +176,14 @@ def test_damaged_headers(write_gguf: WriteGguf, tmp_path: Path) -> None:
         ({"fields": {"llama.attention.key_length": 36, "llama.attention.value_length": 36}}, "heads of 36"),
         ({"fields": {"llama.attention.value_length": 16}}, "must equal the key length"),
         ({"fields": {"general.alignment": 33}}, r"general\.alignment"),
+        ({"tensors": {"rope_freqs.weight": np.ones(1000, np.float32)}}, r"impossible shape \(1000,\)"),
+        ({"tensors": {"rope_freqs.weight": np.zeros(16, np.float32)}}, "RoPE factors must be over 0"),
+        ({"tensors": {"rope_freqs.weight": np.full(16, np.nan, np.float32)}}, "RoPE factors must be over 0"),
+        ({"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}}, "8 RoPE factors for 32 elements"),
+        (
+            {"tensors": {"model.norm.weight": np.ones(HIDDEN, np.float32)}},
+            r"tensors output_norm\.weight and model\.norm\.weight are the same one",
+        ),
         ({"drop": ("token_embd.weight",)}, r"token_embd\.weight is missing"),
         ({"fields": {"tokenizer.ggml.eot_token_id": 64}}, "end token 64 is outside the vocabulary of 64"),
     ],
@@ -205,11 +214,43 @@ def test_unloadable_files(arguments: dict[str, object], message: str, write_gguf
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [
+        ("rope_freqs.weight", (0,)),
+        ("rope_freqs.weight", (0, 1 << 63)),
+        ("token_embd.weight", (HIDDEN, 0)),
+        ("token_embd.weight", (0, 1 << 63)),
+    ],
+)
+def test_tensors_of_no_elements(name: str, sides: tuple[int, ...], write_gguf: WriteGguf) -> None:
+    """They fit any file, whatever they claim to be along another side. `sides` are innermost first, as in the file."""
+    path = write_gguf(tensors={"rope_freqs.weight": np.ones(16, np.float32)})
+    whole = path.read_bytes()
+    at = whole.index(name.encode()) + len(name)
+    (count,) = struct.unpack_from("<I", whole, at)
+    path.write_bytes(whole[:at] + struct.pack(f"<I{len(sides)}Q", len(sides), *sides) + whole[at + 4 + 8 * count :])
+    with pytest.raises(ModelFormatError, match=r"impossible shape|a vocabulary of"):
+        open_checkpoint(path)
+
+
+def test_header_is_bounded(write_gguf: WriteGguf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the file: this process reads and keeps only so much of it."""
+    path = write_gguf()
+    open_checkpoint(path).close()
+    monkeypatch.setattr(gguf_header, "MAX_HEADER_BYTES", 1000)
+    with pytest.raises(ModelFormatError, match="a header of over 1000 bytes"):
+        open_checkpoint(path)
+
+
 def test_not_gguf(tmp_path: Path) -> None:
     """Another file, no file, another version."""
     path = tmp_path / "x.gguf"
     with pytest.raises(ModelFormatError, match="no such file"):
         open_checkpoint(path)
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(ModelFormatError, match="neither a file nor a folder"):
+        open_checkpoint(tmp_path / "pipe.gguf")
     path.write_text("hello, I am a text file")
     with pytest.raises(ModelFormatError, match="not a GGUF file"):
         open_checkpoint(path)

@@ -37,6 +37,22 @@ def test_every_dtype(write_folder: WriteFolder) -> None:
     assert torch.equal(checkpoint.tensor("a"), values)
 
 
+def test_a_head_of_its_own_wins_over_the_tie(write_folder: WriteFolder) -> None:
+    """As in transformers 5: tied when the file has no head or the same one, whatever else config.json claims."""
+    table = torch.arange(32.0 * 32).view(32, 32)
+    for head, claim, tied in (
+        (None, True, True),
+        (table, True, True),
+        (table.flip(0), True, False),
+        (table.bfloat16(), True, False),
+        (table, False, False),
+    ):
+        heads = {} if head is None else {"lm_head.weight": head.contiguous()}
+        tensors = {"model.embed_tokens.weight": table.clone(), **{name: t.clone() for name, t in heads.items()}}
+        folder = write_folder({"tie_word_embeddings": claim}, tensors)
+        assert read_config(folder).tie_embeddings is tied
+
+
 def _shard(folder: Path, weight_map: dict[str, str]) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -130,6 +146,19 @@ def test_folders_that_are_no_models(tmp_path: Path, write_folder: WriteFolder) -
         ({"eos_token_id": [2, -1]}, "eos_token_id: must be a token id"),
         ({"eos_token_id": 32}, "end token 32 is outside the vocabulary"),
         ({"head_dim": 12}, "heads of 12 are not supported"),
+        ({"num_attention_heads": 64, "num_key_value_heads": 64}, "heads of 0 are not supported"),
+        ({"rope_theta": 10**400}, "rope_theta: must be a number"),
+        ({"rope_theta": 1.0}, r"RoPE base of 1\.0"),
+        ({"partial_rotary_factor": -0.5}, "partial_rotary_factor: must be over 0 and at most 1"),
+        ({"partial_rotary_factor": 1e29}, "partial_rotary_factor: must be over 0 and at most 1"),
+        ({"partial_rotary_factor": 0.01}, "0 rotary elements do not fit"),
+        ({"max_position_embeddings": 1 << 30}, "a context of 1073741824 tokens; at most 16777216"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1e29}}, "a context of .* tokens; at most 16777216"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic' is not supported"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": [["full_attention"]] * 4},
+            "layer_types: must be a list of 4",
+        ),
     ],
 )
 def test_bad_configs(overrides: dict[str, Any], message: str, write_folder: WriteFolder) -> None:
@@ -156,6 +185,10 @@ def test_windows(write_folder: WriteFolder) -> None:
     assert read_config(write_folder({"sliding_window": 8})).sliding_window is None
     assert read_config(write_folder({"model_type": "mistral"})).sliding_window == 4096
     assert read_config(write_folder({"model_type": "mistral", "sliding_window": None})).sliding_window is None
+    for kind in ("qwen2", "qwen3"):
+        switched_on = {"model_type": kind, "use_sliding_window": True, "max_window_layers": 2}
+        assert read_config(write_folder(switched_on)).sliding_window == 4096
+        assert read_config(write_folder({**switched_on, "sliding_window": None})).sliding_window is None
     qwen = {"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 3}
     assert read_config(write_folder(qwen)).sliding_window is None
     config = read_config(write_folder({**qwen, "use_sliding_window": True}))
@@ -171,6 +204,10 @@ def test_rope_spellings(write_folder: WriteFolder) -> None:
     old = read_config(write_folder({"rope_theta": 5e5, "rope_scaling": {"type": "yarn", **settings}}))
     new = read_config(write_folder({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **settings}}))
     assert old == new
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
+    assert read_config(write_folder({"rope_scaling": {}, "rope_parameters": linear})).rope.theta == 7.0
+    both = read_config(write_folder({"rope_scaling": {"type": "yarn", **settings}, "rope_parameters": linear}))
+    assert both.rope.kind == "yarn"
     assert (old.rope.kind, old.rope.theta, old.rope.factor, old.max_context) == ("yarn", 5e5, 4.0, 256)
 
 
