@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,13 @@ def started(log: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "start"]
 
 
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not within the time"
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(
     ("signum", "arguments"),
     [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGHUP, ()), (signal.SIGINT, ("ignored",))],
@@ -194,6 +202,48 @@ def test_up_asks(fake_services: Path) -> None:
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert {event["role"] for event in started(fake_services)} == {"gateway", "decode"}
+
+
+def test_up_outlives_the_readers_of_its_output(fake_services: Path) -> None:
+    """`tandem up | head -1` is still a server: it goes on serving, and ends as ever."""
+    process = start_up("--ask", "What is the capital of France?")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    until(lambda: started(fake_services))
+    process.stdout.close()
+    process.stderr.close()
+    (runtime_folder,) = fake_services.parent.glob("run/tandem")
+    until(lambda: list(runtime_folder.glob("gateway-*.sock")))
+    time.sleep(0.5)  # time to fail: the question comes after the socket, and a failed print would end it all
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert not [event for event in started(fake_services) if Path(f"/proc/{event['pid']}").exists()]
+
+
+def test_up_with_closed_streams(fake_services: Path) -> None:
+    """Started as some launchers do, with no standard streams at all."""
+    shell = f'exec {sys.executable} -c "$UP" up --gateway 127.0.0.1:0 --http 127.0.0.1:0 --prefill 0 <&- >&- 2>&-'
+    process = subprocess.Popen(["bash", "-c", shell], env={**os.environ, "UP": UP})
+    until(lambda: process.poll() is not None or list(fake_services.parent.glob("run/tandem/gateway-*.sock")))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert {event["role"] for event in started(fake_services)} == {"gateway", "decode"}
+
+
+def test_up_names_a_command_that_works(fake_services: Path, tmp_path: Path) -> None:
+    """`make run` starts .venv/bin/tandem, which is on nobody's PATH yet: what it says to try is what can be typed."""
+    script = tmp_path / "tandem"
+    script.write_text(f"#!{sys.executable}\n{UP}")
+    script.chmod(0o755)
+    command = [str(script), "up", "--gateway", "127.0.0.1:0", "--http", "127.0.0.1:0", "--prefill", "0"]
+    for path, name in ((os.environ["PATH"], str(script)), (f"{tmp_path}:{os.environ['PATH']}", "tandem")):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PATH": path})
+        assert process.stderr is not None
+        told = next(line for line in process.stderr if line.startswith("try"))
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert told.startswith(f"try       {name} chat")
 
 
 def test_up_interrupted_while_starting(fake_services: Path) -> None:
@@ -296,7 +346,7 @@ def test_models_show(tmp_path: Path) -> None:
             describe(bad)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(default_model().read_bytes()[:4096])
-    with pytest.raises(ModelFormatError, match="can't be read"):
+    with pytest.raises(ModelFormatError, match="can't be read as a model"):
         describe(cut)
 
 
