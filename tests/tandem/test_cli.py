@@ -77,6 +77,7 @@ def test_generate_from_stdin_as_chat(fake_gateway: Any) -> None:
         (["hi", "--token-ids", "1"], "give either a PROMPT or --token-ids", 2),
         (["--token-ids", "1,x"], "must be numbers", 2),
         (["hi", "--max-tokens", "many"], "--max-tokens", 2),
+        (["hi", "--gateway", "nonsense"], "--gateway: 'nonsense' is not HOST:PORT", 2),
     ],
 )
 def test_generate_errors(arguments: list[str], message: str, code: int) -> None:
@@ -273,6 +274,7 @@ def test_up_shows_why_a_worker_did_not_start(fake_services: Path, monkeypatch: p
     [
         (["--decode", "0"], "decode: must be 1 to 64"),
         (["--model", "/nowhere.gguf"], "--model: no such file or folder '/nowhere.gguf'"),
+        (["--model", ""], "--model: no such file or folder ''"),
         (["--gateway", "nonsense"], "--gateway: 'nonsense' is not HOST:PORT"),
         (["--compute", "fast"], "'fast' is not one of"),
     ],
@@ -346,7 +348,7 @@ def test_models_show(tmp_path: Path) -> None:
             describe(bad)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(default_model().read_bytes()[:4096])
-    with pytest.raises(ModelFormatError, match="can't be read as a model"):
+    with pytest.raises(ModelFormatError, match="can't be read as a model, it is damaged or truncated"):
         describe(cut)
 
 

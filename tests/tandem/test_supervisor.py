@@ -271,6 +271,23 @@ def test_settings_refuse_counts(changes: dict[str, int]) -> None:
         settings(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_size": -5}, "--chunk-size: must be 1 or more, got -5"),
+        ({"block_size": 0}, "--block-size: must be 1 or more, got 0"),
+        ({"drain_grace": -1.0}, "--drain-grace: must be 0 or more, got -1"),
+        ({"drain_grace": float("nan")}, "--drain-grace: must be 0 or more, got nan"),
+        ({"default_timeout": 0.0}, "--default-timeout: must be more than 0 seconds, got 0"),
+    ],
+)
+def test_settings_refuse_numbers(changes: dict[str, float], message: str) -> None:
+    """By the flag that was given, before any process starts."""
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
+    settings(drain_grace=0.0, local_prefill_threshold=0)
+
+
 async def test_scale_refuses_gateways(up: Up) -> None:
     """Only prefill and decode scale."""
     with pytest.raises(InvalidRequestError, match="allowed are prefill and decode"):
