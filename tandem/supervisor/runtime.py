@@ -75,7 +75,7 @@ def sweep(root: Path) -> None:
         if _is_dead(folder):
             shutil.rmtree(folder, ignore_errors=True)
     for path in root.glob("gateway-*.sock"):
-        if not _answers(path):
+        if not answers(path):
             path.unlink(missing_ok=True)
 
 
@@ -92,7 +92,8 @@ def _is_dead(folder: Path) -> bool:
         return not (pid.isdigit() and Path(f"/proc/{pid}").exists())
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
+    """Whether a living `tandem up` listens on this control socket."""
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
         probe.settimeout(1.0)
         probe.connect(str(path))
