@@ -330,6 +330,21 @@ def test_doctor_for_real() -> None:
     assert done.returncode == 0
 
 
+def test_doctor_passes_on_what_a_probe_remarks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A probe that falls back says why, and one that compiles says so while it does."""
+    (tmp_path / "probe.py").write_text("import sys; print('no compiler', file=sys.stderr); print('{\"a\": 1}')")
+    (tmp_path / "wrong.py").write_text("import sys; sys.exit('error: no kernels')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    problems: list[str] = []
+    assert doctor._probe("probe", problems) == {"a": 1, "notes": ["no compiler"]}
+    assert capsys.readouterr().err == "no compiler\n"
+    assert problems == []
+    assert doctor._probe("wrong", problems) == {}
+    assert problems == ["wrong: error: no kernels"]
+
+
 def test_models_show(tmp_path: Path) -> None:
     """A GGUF file, a folder, and what is neither."""
     facts = json.loads(CliRunner().invoke(cli, ["models", "show", "--json"]).output)
