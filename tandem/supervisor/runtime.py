@@ -24,11 +24,18 @@ from typing import IO
 
 from tandem.errors import ConfigError
 
+LONGEST_FOLDER = 107 - len("/gateway-65535.sock")
+"""Bytes: the name of a Unix socket has at most 107."""
+
 
 def runtime_folder() -> Path:
-    """The folder, made if need be. Raises ConfigError when somebody else owns it or could write it."""
+    """The folder, made if need be. Raises ConfigError when somebody else owns it or could write it, or when its name is
+    too long for a socket in it.
+    """
     base = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(base) / "tandem" if base else Path(tempfile.gettempdir()) / f"tandem-{os.getuid()}"
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise ConfigError(f"{folder}: the name is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.lstat()

@@ -283,6 +283,13 @@ def test_runtime_folder_must_be_private(tmp_path: Path, monkeypatch: pytest.Monk
         runtime.runtime_folder()
 
 
+def test_runtime_folder_must_have_a_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told at once, and not once everything has started and the control socket can't be made."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("x" * 100)))
+    with pytest.raises(ConfigError, match="set XDG_RUNTIME_DIR to a shorter folder"):
+        runtime.runtime_folder()
+
+
 def test_ask_names_the_running_ones(fake_services: Path) -> None:
     """No `tandem up` at that port: the error says where one is."""
     (runtime.runtime_folder() / "gateway-1234.sock").touch()
