@@ -62,15 +62,18 @@ from tandem.supervisor.supervisor import Supervisor
 @click.option(
     "--transport",
     type=click.Choice(["shm", "grpc", "nixl"]),
-    help="How KV blocks travel.  [default: the best that is here]",
+    help="How KV blocks travel; nixl is not there yet.  [default: the best that is here]",
 )
 @click.option(
     "--compute",
     type=click.Choice(["auto", "exact", "bf16", "int8"]),
-    help="exact: float32, the same bits whatever the batch; the others trade that for speed.  [default: auto]",
+    help="exact: float32, the same bits whatever the batch; bf16 trades that for speed; int8 is not there yet; auto is "
+    "exact.  [default: auto]",
 )
 @click.option("--dtype", metavar="TYPE", help="Number format of the weights: float32 or bf16.  [default: by --compute]")
-@click.option("--kv-dtype", metavar="TYPE", help="Number format of the KV cache.  [default: by --compute]")
+@click.option(
+    "--kv-dtype", metavar="TYPE", help="Number format of the KV cache: float32 or bf16.  [default: by --compute]"
+)
 @click.option("--block-size", type=int, metavar="TOKENS", help="Tokens a KV block.  [default: the workers']")
 @click.option("--num-blocks", type=int, metavar="N", help="KV blocks a worker.  [default: by memory]")
 @click.option("--kv-memory", type=int, metavar="BYTES", help="Memory of a worker's KV cache, in place of --num-blocks.")
