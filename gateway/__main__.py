@@ -36,6 +36,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _grace(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, 0 or more")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """All flags of the gateway."""
     config = GatewayConfig()
@@ -58,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         default=config.local_prefill_threshold,
         help="prompts that lack at most this many tokens are computed by the decode worker",
     )
-    add("--drain-grace", type=_seconds, default=30.0, help="seconds that running requests get after SIGTERM")
+    add("--drain-grace", type=_grace, default=30.0, help="seconds that running requests get after SIGTERM")
     add("--log-level", default="info", choices=logging.LEVELS)
     return flags
 

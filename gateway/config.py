@@ -29,7 +29,8 @@ class Patience:
     default_timeout: float = 600.0
     heartbeat_timeout: float = 3.0
     """Three missed heartbeats of one second."""
-    no_worker_grace: float = 5.0
+    no_worker_grace: float = 30.0
+    """How long a request waits without any worker: long enough for a lone one that died to be started again."""
     refused_pause: float = 0.25
     """A worker that refused gets nothing new for this long."""
     max_migrations: int = 3

@@ -20,6 +20,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,18 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "tandem") / "kernels"
 
 
+def _scratch_dir() -> Path:
+    """Return a private folder for compiled libraries among the temporary files, where the cache can't be written (in a
+    container with a read-only root, for one). Raises OSError when somebody else could put a library there.
+    """
+    root = Path(tempfile.gettempdir()) / f"tandem-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    facts = root.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        raise PermissionError(f"{root} is not a folder that only this user can enter")
+    return root / "kernels"
+
+
 def _flag_sets() -> list[tuple[str, ...]]:
     """Return the flag sets to try, best first: some compilers have no OpenMP, some no native tuning."""
     native = "-march=native" if platform.machine() in {"x86_64", "AMD64", "i686"} else "-mcpu=native"
@@ -131,27 +144,39 @@ def _run_compiler(source: Path, target: Path, compiler: Compiler) -> str | None:
 def compile_library(source_name: str) -> Path | None:
     """Return the compiled form of `kernels/<source_name>`, compiling it when the cache has none; None when that fails.
 
-    Writes one progress line to stderr when it compiles. Any number of processes may call it at once.
+    Writes progress lines to stderr when it compiles. Any number of processes may call it at once.
     Raises FileNotFoundError when the source does not exist.
     """
     source = SOURCE_DIR / source_name
     compiler = find_compiler()
     if compiler is None:
         return None
-    target = cache_dir() / f"{source.stem}-{_cache_key(source, compiler)}.so"
+    name = f"{source.stem}-{_cache_key(source, compiler)}.so"
+    for folder in (cache_dir, _scratch_dir):
+        try:
+            return _find_or_compile(source, folder() / name, compiler)
+        except OSError as exc:
+            _warn_once(f"the kernel cache can't be written: {exc}")
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _find_or_compile(source: Path, target: Path, compiler: Compiler) -> Path | None:
+    """Return `target`, compiled if need be; None when the compiler fails. Raises OSError where it can't write."""
     if target.exists():
         return target
-    try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _file_lock(target.with_suffix(".lock")):
-            return target if target.exists() else _compile_into_place(source, target, compiler)
-    except OSError as exc:
-        logger.warning("the kernel cache %s can't be written: %s", target.parent, exc)
-        return None
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _file_lock(target.with_suffix(".lock")):
+        return target if target.exists() else _compile_into_place(source, target, compiler)
 
 
 def _compile_into_place(source: Path, target: Path, compiler: Compiler) -> Path | None:
     started = time.monotonic()
+    sys.stderr.write(f"kernels: compiling {source.name}, once on this machine\n")
     handle, temporary_name = tempfile.mkstemp(prefix=f".{source.stem}-", suffix=".so", dir=target.parent)
     os.close(handle)
     temporary = Path(temporary_name)

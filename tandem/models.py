@@ -26,7 +26,7 @@ def resolve_model(name: str) -> Path:
     if name.startswith("hub:"):
         return _from_hub(name.removeprefix("hub:"))
     path = Path(name).expanduser()
-    if not path.exists():
+    if not name or not path.exists():
         raise ModelFormatError(
             f"--model: no such file or folder {name!r}; allowed are default, a path, or hub:ORG/NAME"
         )

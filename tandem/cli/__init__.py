@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -51,6 +52,7 @@ def main() -> None:
     """Runs the command; an error becomes one line on stderr. Exit code 2 for wrong flags or files, 1 for other
     errors.
     """
+    _open_closed_streams()
     try:
         sys.exit(cli(standalone_mode=False))
     except click.ClickException as exc:
@@ -65,3 +67,11 @@ def main() -> None:
         # The reader of our output has gone: nothing to say, and nobody to say it to.
         sys.stderr.close()
         sys.exit(1)
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that was closed (`>&-`) leads to /dev/null: no socket takes its number, and one can print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def command(model: str, as_json: bool) -> None:
 
 
 def examine(model: str) -> dict[str, Any]:
-    """Everything that the command prints, and `problems` that keep Tandem from serving."""
+    """Everything that the command prints; `notes` are what the probes remarked, `problems` keep Tandem from serving."""
     problems: list[str] = []
     # Run as processes of their own, because the CLI imports neither torch nor the services' rooms.
     kernels = _probe("kernels", problems)
@@ -55,29 +57,39 @@ def examine(model: str) -> dict[str, Any]:
         "model": _model(model, problems),
         "packages": {name: _version(name) for name in PACKAGES},
         "use": _use(kernels, transfer),
+        "notes": [*kernels.get("notes", []), *transfer.get("notes", [])],
         "problems": problems,
     }
 
 
 def _probe(module: str, problems: list[str]) -> dict[str, Any]:
-    """What `python -m MODULE` prints about itself, as JSON."""
-    try:
-        done = subprocess.run(  # noqa: S603  # our own modules
-            [sys.executable, "-P", "-m", module],
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=PROBE_SECONDS,
-            env=environment(),
-            check=False,
-        )
-        if done.returncode == 0:
-            return dict(json.loads(done.stdout))
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    except (subprocess.TimeoutExpired, ValueError) as exc:
-        reason = str(exc)
-    problems.append(f"{module}: {reason}")
+    """What `python -m MODULE` prints about itself, as JSON, and its `notes`, shown as they come: it may have to compile
+    for a minute.
+    """
+    with subprocess.Popen(  # noqa: S603  # our own modules
+        [sys.executable, "-P", "-m", module],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        watchdog = threading.Timer(PROBE_SECONDS, process.kill)
+        watchdog.start()
+        notes = list(_shown(process.stderr or ()))
+        said = process.stdout.read() if process.stdout else ""
+    watchdog.cancel()
+    with contextlib.suppress(ValueError):
+        if process.returncode == 0:
+            return {**json.loads(said), "notes": notes}
+    problems.append(f"{module}: {(notes or [f'exit code {process.returncode}'])[-1]}")
     return {}
+
+
+def _shown(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        print(line, end="", file=sys.stderr, flush=True)
+        yield line.rstrip("\n")
 
 
 def _cpu() -> dict[str, Any]:

@@ -62,7 +62,7 @@ def describe(path: Path) -> dict[str, Any]:
     except ModelFormatError:
         raise
     except (OSError, ValueError, KeyError, IndexError, TypeError) as exc:
-        raise ModelFormatError(f"{path} can't be read as a model: {exc}") from exc
+        raise ModelFormatError(f"{path} can't be read as a model, it is damaged or truncated: {exc}") from exc
     return facts
 
 

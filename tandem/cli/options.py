@@ -25,8 +25,15 @@ def gateway_option(function: F) -> F:
         default=DEFAULT_GATEWAY,
         show_default=True,
         envvar="TANDEM_GATEWAY",
+        callback=_checked,
         help="The gateway to talk to.",
     )(function)
+
+
+def _checked(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    if "/" not in text:  # gRPC's own targets, such as dns:///NAME:PORT, are its own business
+        parse(text, flag="--gateway")
+    return text
 
 
 def gateway_address(text: str) -> Address:

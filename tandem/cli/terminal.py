@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 
 from rich.console import Console
@@ -13,8 +15,25 @@ _COLORS = {"debug": "dim", "info": "green", "warning": "yellow", "error": "red",
 _HIDDEN = ("event", "level", "role", "timestamp", "logger", "exception")
 
 
+def say(text: str, end: str = "\n") -> None:
+    """Prints to stdout at once. A reader that has gone (`tandem up | head -1`) is no reason to stop serving."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell(text: str) -> None:
+    """Prints to stderr, if somebody reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 class Terminal:
-    """A spinner with the current step on a terminal; one plain line a step elsewhere. `close` ends the spinner."""
+    """A spinner with the current step on a terminal; one plain line a step elsewhere. `close` ends the spinner.
+
+    A terminal or pipe that has gone away is no error: a worker whose log nobody takes would stand still.
+    """
 
     def __init__(self) -> None:
         """Decides by whether stderr is a terminal."""
@@ -24,8 +43,12 @@ class Terminal:
     def progress(self, step: str) -> None:
         """Shows what happens now. What is ready stays on the screen."""
         if not self._console.is_terminal:
-            print(f"tandem: {step}", file=sys.stderr, flush=True)
+            tell(f"tandem: {step}")
             return
+        with contextlib.suppress(OSError):
+            self._spin(step)
+
+    def _spin(self, step: str) -> None:
         if " ready after " in step:
             self._console.print(Text(f"  {step}", style="dim"))
             return
@@ -37,7 +60,8 @@ class Terminal:
     def close(self) -> None:
         """Takes the spinner away."""
         if self._status is not None:
-            self._status.stop()
+            with contextlib.suppress(OSError):
+                self._status.stop()
             self._status = None
 
     def log(self, worker: str, line: str) -> None:
@@ -49,15 +73,19 @@ class Terminal:
         if not isinstance(entry, dict):
             self._plain(f"{worker}: {line}")
         elif self._console.is_terminal:
-            self._console.print(_readable(worker, entry), soft_wrap=True)
+            self._print(_readable(worker, entry))
         else:
-            self._plain(json.dumps({"worker": worker, **entry}, ensure_ascii=False))
+            tell(json.dumps({"worker": worker, **entry}, ensure_ascii=False))
 
     def _plain(self, text: str) -> None:
         if self._console.is_terminal:
-            self._console.print(Text(text), soft_wrap=True)
+            self._print(Text(text))
         else:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
+
+    def _print(self, text: Text) -> None:
+        with contextlib.suppress(OSError):
+            self._console.print(text, soft_wrap=True)
 
 
 def _readable(worker: str, entry: dict[str, object]) -> Text:

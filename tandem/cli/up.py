@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from tandem.cli.options import DEFAULT_GATEWAY, DEFAULT_HTTP
-from tandem.cli.terminal import Terminal
+from tandem.cli.terminal import Terminal, say, tell
 from tandem.client import AsyncClient, Delta
 from tandem.errors import TandemError
 from tandem.models import resolve_model
@@ -60,15 +62,18 @@ from tandem.supervisor.supervisor import Supervisor
 @click.option(
     "--transport",
     type=click.Choice(["shm", "grpc", "nixl"]),
-    help="How KV blocks travel.  [default: the best that is here]",
+    help="How KV blocks travel; nixl is not there yet.  [default: the best that is here]",
 )
 @click.option(
     "--compute",
     type=click.Choice(["auto", "exact", "bf16", "int8"]),
-    help="exact: float32, the same bits whatever the batch; the others trade that for speed.  [default: auto]",
+    help="exact: float32, the same bits whatever the batch; bf16 trades that for speed; int8 is not there yet; auto is "
+    "exact.  [default: auto]",
 )
 @click.option("--dtype", metavar="TYPE", help="Number format of the weights: float32 or bf16.  [default: by --compute]")
-@click.option("--kv-dtype", metavar="TYPE", help="Number format of the KV cache.  [default: by --compute]")
+@click.option(
+    "--kv-dtype", metavar="TYPE", help="Number format of the KV cache: float32 or bf16.  [default: by --compute]"
+)
 @click.option("--block-size", type=int, metavar="TOKENS", help="Tokens a KV block.  [default: the workers']")
 @click.option("--num-blocks", type=int, metavar="N", help="KV blocks a worker.  [default: by memory]")
 @click.option("--kv-memory", type=int, metavar="BYTES", help="Memory of a worker's KV cache, in place of --num-blocks.")
@@ -157,38 +162,39 @@ class Foreground:
         supervisor = self._supervisor
         await supervisor.start()
         self._terminal.close()
-        print(f"ready gateway={supervisor.gateways[0]} http={supervisor.https[0]}", flush=True)
+        say(f"ready gateway={supervisor.gateways[0]} http={supervisor.https[0]}")
         if self._ask:
             await self._answer(str(supervisor.gateways[0]), self._ask)
         self._tell()
 
     async def _answer(self, gateway: str, question: str) -> None:
         """Streams the model's answer to stdout. A failure is told, and everything goes on serving."""
-        print(f"\n{question}", flush=True)
+        say(f"\n{question}")
         try:
             async with AsyncClient(gateway) as client:
                 messages = [{"role": "user", "content": question}]
                 async with client.stream(messages=messages, temperature=0.0, max_tokens=256) as events:
                     async for event in events:
                         if isinstance(event, Delta):
-                            print(event.text, end="", flush=True)
-            print("\n", flush=True)
+                            say(event.text, end="")
+            say("\n")
         except TandemError as exc:
-            print(f"\nerror: the question failed: {exc}", file=sys.stderr, flush=True)
+            tell(f"\nerror: the question failed: {exc}")
 
     def _tell(self) -> None:
         """What a person can do now."""
         gateway, http = self._supervisor.gateways[0], self._supervisor.https[0]
+        tandem = _this_command()
         flag = "" if str(gateway) == DEFAULT_GATEWAY else f" --gateway {gateway}"
         lines = (
             f"gRPC      {', '.join(map(str, self._supervisor.gateways))}",
             f"metrics   http://{http}/metrics",
-            f"try       tandem chat{flag}",
-            f'          tandem generate "Once upon a time"{flag} --max-tokens 40',
-            f"          tandem status{flag}",
+            f"try       {tandem} chat{flag}",
+            f'          {tandem} generate "Once upon a time"{flag} --max-tokens 40',
+            f"          {tandem} status{flag}",
             "stop      Ctrl-C",
         )
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        tell("\n".join(lines))
 
     def _install_handlers(self) -> None:
         """SIGINT and SIGTERM even where a shell set them to be ignored, as for background jobs; SIGHUP unless under
@@ -207,3 +213,11 @@ class Foreground:
         self._stop.set()
         if self._signals > 1:
             self._supervisor.kill()
+
+
+def _this_command() -> str:
+    """How a person calls this command again: by name where PATH leads to it, else as it was called now."""
+    script, found = Path(sys.argv[0]), shutil.which("tandem")
+    if script.name != "tandem" or not script.is_file() or (found and script.samefile(found)):
+        return "tandem"
+    return sys.argv[0]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
+
+from google.protobuf.message import Message as ProtoMessage
 
 from tandem.client.types import (
     Choice,
@@ -33,6 +36,7 @@ OUTPUT = ("logprobs", "skip_special_tokens")
 LONGEST_TIMEOUT = 365 * 86_400.0
 TOP = ("model", "request_id", "priority")
 
+Filled = TypeVar("Filled", bound=ProtoMessage)
 Request = TypeVar("Request", inference_pb2.GenerateRequest, inference_pb2.GenerateStreamRequest)
 
 
@@ -52,16 +56,31 @@ def build_request(
     unknown = sorted(set(given).difference(TOP, SAMPLING, STOPPING, OUTPUT))
     if unknown:
         raise InvalidRequestError(f"unknown option {unknown[0]!r}", field=unknown[0])
+    with _sendable("text" if prompt is not None else "messages" if token_ids is None else "token_ids"):
+        request = kind(**_input(prompt, token_ids, messages))
+    request.sampling.CopyFrom(_filled(types_pb2.SamplingParams(), "sampling.", _pick(given, SAMPLING)))
+    request.stopping.CopyFrom(_filled(types_pb2.StoppingParams(), "stopping.", _pick(given, STOPPING)))
+    request.output.CopyFrom(_filled(inference_pb2.OutputParams(), "output.", _pick(given, OUTPUT)))
+    return _filled(request, "", _pick(given, TOP))
+
+
+@contextlib.contextmanager
+def _sendable(field: str) -> Iterator[None]:
+    """Names the field whose value fits no message. Raises InvalidRequestError."""
     try:
-        return kind(
-            **_input(prompt, token_ids, messages),
-            sampling=types_pb2.SamplingParams(**_pick(given, SAMPLING)),
-            stopping=types_pb2.StoppingParams(**_pick(given, STOPPING)),
-            output=inference_pb2.OutputParams(**_pick(given, OUTPUT)),
-            **_pick(given, TOP),
-        )
+        yield
+    except UnicodeError as exc:
+        raise InvalidRequestError(f"{field}: not valid Unicode text: {exc}", field=field) from exc
     except (TypeError, ValueError) as exc:
-        raise InvalidRequestError(f"an option has a wrong type or range: {exc}") from exc
+        raise InvalidRequestError(f"{field}: wrong type or out of range: {exc}", field=field) from exc
+
+
+def _filled(message: Filled, path: str, values: dict[str, Any]) -> Filled:
+    """`message` with `values`, each set on its own, so that a bad one is told by name."""
+    for key, value in values.items():
+        with _sendable(f"{path}{key}"):
+            message.MergeFrom(type(message)(**{key: value}))
+    return message
 
 
 def _input(prompt: str | None, token_ids: Sequence[int] | None, messages: Sequence[Message] | None) -> dict[str, Any]:

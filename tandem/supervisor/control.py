@@ -33,17 +33,27 @@ class ControlServer:
         """`handle` answers a request; TandemErrors that it raises become errors of the answer."""
         self._path, self._handle = path, handle
         self._server: asyncio.Server | None = None
+        self._serving: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Binds; a dead socket of the same name is replaced."""
         self._path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._serve, self._path, limit=MAX_LINE_BYTES)
+        self._server = await asyncio.start_unix_server(self._accept, self._path, limit=MAX_LINE_BYTES)
 
     async def close(self) -> None:
-        """Stops listening and removes the socket."""
-        if self._server is not None:
-            self._server.close()
+        """Stops listening, removes the socket, and breaks off what is asked still: nobody scales what is stopping."""
+        if self._server is None:
+            return
+        self._server.close()
         self._path.unlink(missing_ok=True)
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -70,6 +80,8 @@ class ControlServer:
             return {"ok": True, **await self._handle(request)}
         except TandemError as exc:
             return {"ok": False, "error": exc.message}
+        except asyncio.CancelledError:
+            return {"ok": False, "error": "`tandem up` is stopping"}
         except Exception:
             _log.exception("control request failed")
             return {"ok": False, "error": "internal error; see the log of tandem up"}

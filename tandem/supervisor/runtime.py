@@ -24,11 +24,18 @@ from typing import IO
 
 from tandem.errors import ConfigError
 
+LONGEST_FOLDER = 107 - len("/gateway-65535.sock")
+"""Bytes: the name of a Unix socket has at most 107."""
+
 
 def runtime_folder() -> Path:
-    """The folder, made if need be. Raises ConfigError when somebody else owns it or could write it."""
+    """The folder, made if need be. Raises ConfigError when somebody else owns it or could write it, or when its name is
+    too long for a socket in it.
+    """
     base = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(base) / "tandem" if base else Path(tempfile.gettempdir()) / f"tandem-{os.getuid()}"
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise ConfigError(f"{folder}: the name is too long for a socket; set XDG_RUNTIME_DIR to a shorter folder")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.lstat()
@@ -75,7 +82,7 @@ def sweep(root: Path) -> None:
         if _is_dead(folder):
             shutil.rmtree(folder, ignore_errors=True)
     for path in root.glob("gateway-*.sock"):
-        if not _answers(path):
+        if not answers(path):
             path.unlink(missing_ok=True)
 
 
@@ -92,7 +99,8 @@ def _is_dead(folder: Path) -> bool:
         return not (pid.isdigit() and Path(f"/proc/{pid}").exists())
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
+    """Whether a living `tandem up` listens on this control socket."""
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
         probe.settimeout(1.0)
         probe.connect(str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,20 @@ Role = Literal["prefill", "decode", "gateway"]
 MODULES: dict[Role, str] = {"prefill": "prefill_service", "decode": "decode_service", "gateway": "gateway"}
 MAX_WORKERS = 64
 LAUNCHER = str(Path(__file__).with_name("launch.py"))
+
+
+LEAST: dict[str, int] = {
+    "block_size": 1,
+    "num_blocks": 1,
+    "kv_memory": 1,
+    "chunk_size": 1,
+    "max_sequences": 1,
+    "threads": 1,
+    "max_queue": 1,
+    "local_prefill_threshold": 0,
+    "drain_grace": 0,
+}
+"""The least value of each number that may be given; what a worker knows better, it says itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +61,11 @@ class UpSettings:
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for counts that can't work."""
+        """Raises ConfigError, with the flag's name, for numbers that can't work."""
+        for name, least in LEAST.items():
+            self._check_number(name, least)
+        if self.default_timeout is not None and not 0 < self.default_timeout < math.inf:
+            raise ConfigError(f"--default-timeout: must be more than 0 seconds, got {self.default_timeout:g}")
         check_count("prefill", self.prefill)
         check_count("decode", self.decode)
         if not 1 <= self.gateways <= MAX_WORKERS:
@@ -54,6 +73,11 @@ class UpSettings:
         for flag, address in (("--gateway", self.gateway), ("--http", self.http)):
             if address.port and address.port + self.gateways - 1 > 65535:
                 raise ConfigError(f"{flag}: no room for {self.gateways} ports from {address.port}")
+
+    def _check_number(self, name: str, least: int) -> None:
+        value: float | None = getattr(self, name)
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be {least} or more, got {value:g}")
 
 
 def check_count(role: str, count: int) -> None:

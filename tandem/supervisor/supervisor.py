@@ -24,7 +24,7 @@ from tandem.service.channel import open_channel
 from tandem.supervisor.control import ControlServer
 from tandem.supervisor.load import with_loads
 from tandem.supervisor.process import LogLine
-from tandem.supervisor.runtime import Instance, control_socket
+from tandem.supervisor.runtime import Instance, answers, control_socket
 from tandem.supervisor.settings import Role, UpSettings, check_count, gateway_arguments, worker_arguments
 from tandem.supervisor.slot import Slot, State
 
@@ -55,6 +55,7 @@ class Supervisor:
         """Returns when requests can be served. Raises ConfigError with the failing worker's own message."""
         settings = self.settings
         self._write_workers()
+        _refuse_twin(settings.gateway)
         self.gateways = _ports(settings.gateway, settings.gateways, "--gateway")
         self.https = _ports(settings.http, settings.gateways, "--http")
         counts: dict[Role, int] = {
@@ -201,6 +202,14 @@ class Supervisor:
 
     def _grace(self) -> float:
         return self.settings.drain_grace + KILL_MARGIN
+
+
+def _refuse_twin(gateway: Address) -> None:
+    """`tandem status` and `scale` find a `tandem up` by its port alone, so one at another host with the same port would
+    take the first one's place. Raises ConfigError.
+    """
+    if gateway.port and answers(control_socket(gateway.port)):
+        raise ConfigError(f"--gateway: a `tandem up` of yours runs at port {gateway.port}; take another port")
 
 
 def _ports(first: Address, count: int, flag: str) -> list[Address]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tandem.client import Client
+from tandem.client import Client, Delta
 from tandem.supervisor.runtime import runtime_folder
 
 MODULES = ("prefill_service", "decode_service", "gateway")
@@ -84,6 +84,27 @@ def test_dead_worker_is_restarted(start_stack: Any, eventually: Any) -> None:
             eventually(lambda role=role, pid=victim.pid: _is_back(stack, role, pid), 120)
             result = stack.generate("The capital of France is", "--max-tokens", "4")
             assert len(result["token_ids"]) == 4
+        assert stack.stop() == 0
+    finally:
+        stack.kill()
+
+
+def test_a_stream_outlives_the_only_decode_worker(start_stack: Any) -> None:
+    """kill -9 with no other worker to go on: the stream waits for the new one, and its tokens are as ever."""
+    stack = start_stack.start("--compute", "exact")
+    options: Any = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
+    try:
+        with Client(stack.gateway) as client:
+            calm = client.generate("Once upon a time", **options)
+            (victim,) = stack.children("-m decode_service")
+            tokens: list[int] = []
+            with client.stream("Once upon a time", **options) as events:
+                for event in events:
+                    if isinstance(event, Delta):
+                        if not tokens:
+                            victim.kill()
+                        tokens += event.token_ids
+        assert tokens == list(calm.token_ids)
         assert stack.stop() == 0
     finally:
         stack.kill()

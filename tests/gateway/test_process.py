@@ -14,6 +14,7 @@ import grpc
 import pytest
 from gateway_fakes import Cluster, expected, until
 
+from gateway.__main__ import parser
 from gateway.pool import WorkerPool, read_workers_file
 from tandem.errors import ConfigError
 from tandem.v1 import inference_pb2, inference_pb2_grpc
@@ -31,6 +32,15 @@ async def _start(*flags: str) -> asyncio.subprocess.Process:
         stderr=asyncio.subprocess.PIPE,
         cwd=ROOT,
     )
+
+
+def test_no_grace_is_a_grace() -> None:
+    """`--drain-grace 0` ends at once, for the gateway as for workers; less is refused."""
+    needed = ["--model", "m", "--drain-grace"]
+    assert parser().parse_args([*needed, "0"]).drain_grace == 0
+    for bad in ("-1", "nan", "soon"):
+        with pytest.raises(SystemExit):
+            parser().parse_args([*needed, bad])
 
 
 async def test_ready_line_requests_and_sigterm(cluster: Cluster, model_path: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,9 @@ def test_compiles_once_and_says_so(room: Path, capsys: pytest.CaptureFixture[str
     assert first is not None
     assert first.parent == room / "cache" / "kernels"
     assert ctypes.CDLL(str(first)).answer() == 42
-    assert "kernels: compiled answer.cpp" in capsys.readouterr().err
+    assert (
+        "kernels: compiling answer.cpp, once on this machine\nkernels: compiled answer.cpp" in capsys.readouterr().err
+    )
     assert build.compile_library("answer.cpp") == first
     assert capsys.readouterr().err == ""
     assert [path.name for path in first.parent.glob("*.so")] == [first.name]
@@ -56,14 +59,30 @@ def test_a_source_that_does_not_compile_is_none_with_the_reason(room: Path, capl
     assert not list((room / "cache" / "kernels").glob("*.so"))
 
 
-def test_a_cache_that_can_not_be_written_is_none(
+def test_a_cache_that_can_not_be_written_has_a_stand_in(
     room: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (room / "file").write_text("")
     monkeypatch.setenv("TANDEM_CACHE_DIR", str(room / "file"))
+    monkeypatch.setattr(build.tempfile, "tempdir", str(room))
+    with caplog.at_level(logging.WARNING, "kernels"):
+        library = build.compile_library("answer.cpp")
+    assert library is not None
+    assert ctypes.CDLL(str(library)).answer() == 42
+    assert library.is_relative_to(room / f"tandem-{os.getuid()}")
+    assert caplog.text.count("can't be written") == 1
+
+
+def test_a_stand_in_that_others_can_enter_is_not_used(
+    room: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (room / "file").write_text("")
+    monkeypatch.setenv("TANDEM_CACHE_DIR", str(room / "file"))
+    monkeypatch.setattr(build.tempfile, "tempdir", str(room))
+    (room / f"tandem-{os.getuid()}").mkdir(mode=0o755)
     with caplog.at_level(logging.WARNING, "kernels"):
         assert build.compile_library("answer.cpp") is None
-    assert "can't be written" in caplog.text
+    assert "only this user can enter" in caplog.text
 
 
 def test_a_missing_source_is_an_error(room: Path) -> None:

@@ -163,6 +163,8 @@ if mode == "fail":
     print("error: --model: the file is no model", file=sys.stderr)
     sys.exit(2)
 print("a note that is not ready", file=sys.stderr)
+if mode == "slow":
+    signal.pause()
 stop = threading.Event()
 def on_term(*_):
     with open(os.environ["FAKE_LOG"], "a") as log:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def test_generate_from_stdin_as_chat(fake_gateway: Any) -> None:
         (["hi", "--token-ids", "1"], "give either a PROMPT or --token-ids", 2),
         (["--token-ids", "1,x"], "must be numbers", 2),
         (["hi", "--max-tokens", "many"], "--max-tokens", 2),
+        (["hi", "--gateway", "nonsense"], "--gateway: 'nonsense' is not HOST:PORT", 2),
     ],
 )
 def test_generate_errors(arguments: list[str], message: str, code: int) -> None:
@@ -157,6 +159,13 @@ def started(log: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "start"]
 
 
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not within the time"
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(
     ("signum", "arguments"),
     [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGHUP, ()), (signal.SIGINT, ("ignored",))],
@@ -196,6 +205,48 @@ def test_up_asks(fake_services: Path) -> None:
     assert {event["role"] for event in started(fake_services)} == {"gateway", "decode"}
 
 
+def test_up_outlives_the_readers_of_its_output(fake_services: Path) -> None:
+    """`tandem up | head -1` is still a server: it goes on serving, and ends as ever."""
+    process = start_up("--ask", "What is the capital of France?")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    until(lambda: started(fake_services))
+    process.stdout.close()
+    process.stderr.close()
+    (runtime_folder,) = fake_services.parent.glob("run/tandem")
+    until(lambda: list(runtime_folder.glob("gateway-*.sock")))
+    time.sleep(0.5)  # time to fail: the question comes after the socket, and a failed print would end it all
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert not [event for event in started(fake_services) if Path(f"/proc/{event['pid']}").exists()]
+
+
+def test_up_with_closed_streams(fake_services: Path) -> None:
+    """Started as some launchers do, with no standard streams at all."""
+    shell = f'exec {sys.executable} -c "$UP" up --gateway 127.0.0.1:0 --http 127.0.0.1:0 --prefill 0 <&- >&- 2>&-'
+    process = subprocess.Popen(["bash", "-c", shell], env={**os.environ, "UP": UP})
+    until(lambda: process.poll() is not None or list(fake_services.parent.glob("run/tandem/gateway-*.sock")))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert {event["role"] for event in started(fake_services)} == {"gateway", "decode"}
+
+
+def test_up_names_a_command_that_works(fake_services: Path, tmp_path: Path) -> None:
+    """`make run` starts .venv/bin/tandem, which is on nobody's PATH yet: what it says to try is what can be typed."""
+    script = tmp_path / "tandem"
+    script.write_text(f"#!{sys.executable}\n{UP}")
+    script.chmod(0o755)
+    command = [str(script), "up", "--gateway", "127.0.0.1:0", "--http", "127.0.0.1:0", "--prefill", "0"]
+    for path, name in ((os.environ["PATH"], str(script)), (f"{tmp_path}:{os.environ['PATH']}", "tandem")):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PATH": path})
+        assert process.stderr is not None
+        told = next(line for line in process.stderr if line.startswith("try"))
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert told.startswith(f"try       {name} chat")
+
+
 def test_up_interrupted_while_starting(fake_services: Path) -> None:
     """Whatever came up is cleared away; the code is 0."""
     process = start_up()
@@ -223,6 +274,7 @@ def test_up_shows_why_a_worker_did_not_start(fake_services: Path, monkeypatch: p
     [
         (["--decode", "0"], "decode: must be 1 to 64"),
         (["--model", "/nowhere.gguf"], "--model: no such file or folder '/nowhere.gguf'"),
+        (["--model", ""], "--model: no such file or folder ''"),
         (["--gateway", "nonsense"], "--gateway: 'nonsense' is not HOST:PORT"),
         (["--compute", "fast"], "'fast' is not one of"),
     ],
@@ -278,6 +330,21 @@ def test_doctor_for_real() -> None:
     assert done.returncode == 0
 
 
+def test_doctor_passes_on_what_a_probe_remarks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A probe that falls back says why, and one that compiles says so while it does."""
+    (tmp_path / "probe.py").write_text("import sys; print('no compiler', file=sys.stderr); print('{\"a\": 1}')")
+    (tmp_path / "wrong.py").write_text("import sys; sys.exit('error: no kernels')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    problems: list[str] = []
+    assert doctor._probe("probe", problems) == {"a": 1, "notes": ["no compiler"]}
+    assert capsys.readouterr().err == "no compiler\n"
+    assert problems == []
+    assert doctor._probe("wrong", problems) == {}
+    assert problems == ["wrong: error: no kernels"]
+
+
 def test_models_show(tmp_path: Path) -> None:
     """A GGUF file, a folder, and what is neither."""
     facts = json.loads(CliRunner().invoke(cli, ["models", "show", "--json"]).output)
@@ -296,7 +363,7 @@ def test_models_show(tmp_path: Path) -> None:
             describe(bad)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(default_model().read_bytes()[:4096])
-    with pytest.raises(ModelFormatError, match="can't be read"):
+    with pytest.raises(ModelFormatError, match="can't be read as a model, it is damaged or truncated"):
         describe(cut)
 
 

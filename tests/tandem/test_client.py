@@ -100,18 +100,19 @@ def test_options_reach_the_wire(call: Any, fake_gateway: Any) -> None:
         ({}, "input"),
         ({"prompt": "a", "token_ids": [1]}, "input"),
         ({"prompt": "a", "temprature": 1.0}, "temprature"),
-        ({"prompt": "a", "seed": -1}, ""),
-        ({"prompt": "a", "max_tokens": "many"}, ""),
-        ({"token_ids": [-1]}, ""),
+        ({"prompt": "a", "seed": -1}, "sampling.seed"),
+        ({"prompt": "a", "max_tokens": "many"}, "stopping.max_tokens"),
+        ({"prompt": "a", "priority": 0.5}, "priority"),
+        ({"token_ids": [-1]}, "token_ids"),
         ({"messages": [{"role": "user"}]}, "messages.messages[0]"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.messages[0]"),
         ({"messages": ["hello"]}, "messages.messages[0]"),
         ({"prompt": "a", "timeout": math.nan}, "timeout"),
-        ({"prompt": "broken \ud800"}, ""),
+        ({"prompt": "broken \ud800"}, "text"),
     ],
 )
 def test_what_cannot_be_sent(call: Any, arguments: dict[str, Any], field: str) -> None:
-    """Refused before anything is sent, with the field where there is one."""
+    """Refused before anything is sent, and the field is named, as the server would."""
     with pytest.raises(errors.InvalidRequestError) as caught:
         call("generate", **arguments)
     assert caught.value.field == field

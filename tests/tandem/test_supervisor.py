@@ -184,6 +184,23 @@ async def test_failed_scale_leaves_the_pool_as_it_was(
     assert supervisor.status()["workers"][-1]["ready"]
 
 
+async def test_stop_breaks_off_a_scale(
+    up: Up, fake_services: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ctrl-C while a new worker loads: it goes with the others, who asked is told, and nothing is written any more."""
+    supervisor = up()
+    await supervisor.start()
+    monkeypatch.setenv("FAKE_DECODE", "slow")
+    request = {"command": "scale", "role": "decode", "count": 2}
+    scaling = asyncio.create_task(asyncio.to_thread(control.ask, supervisor.gateways[0].port, request, 30))
+    await until(lambda: len(events(fake_services, event="start", role="decode")) == 2)
+    await supervisor.stop()
+    with pytest.raises(ConfigError, match="is stopping"):
+        await scaling
+    assert live(fake_services) == []
+    assert not caplog.records
+
+
 async def test_control_refuses_rubbish(up: Up) -> None:
     """A line that is no JSON, and no line at all, leave the server as it was."""
     supervisor = up()
@@ -205,6 +222,15 @@ async def test_port_in_use_is_told_before_anything_starts(up: Up, fake_services:
     async with server:
         with pytest.raises(ConfigError, match=f"--gateway: can't listen on 127.0.0.1:{port}"):
             await up(gateway=Address("127.0.0.1", port)).start()
+    assert events(fake_services) == []
+
+
+async def test_one_port_is_one_tandem_up(up: Up, fake_services: Path) -> None:
+    """The same port at another host: it would take the control socket from the first."""
+    first = await asyncio.start_unix_server(lambda reader, writer: writer.close(), runtime.control_socket(45678))
+    async with first:
+        with pytest.raises(ConfigError, match="of yours runs at port 45678"):
+            await up(gateway=Address("127.0.0.2", 45678)).start()
     assert events(fake_services) == []
 
 
@@ -257,6 +283,13 @@ def test_runtime_folder_must_be_private(tmp_path: Path, monkeypatch: pytest.Monk
         runtime.runtime_folder()
 
 
+def test_runtime_folder_must_have_a_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told at once, and not once everything has started and the control socket can't be made."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("x" * 100)))
+    with pytest.raises(ConfigError, match="set XDG_RUNTIME_DIR to a shorter folder"):
+        runtime.runtime_folder()
+
+
 def test_ask_names_the_running_ones(fake_services: Path) -> None:
     """No `tandem up` at that port: the error says where one is."""
     (runtime.runtime_folder() / "gateway-1234.sock").touch()
@@ -269,6 +302,23 @@ def test_settings_refuse_counts(changes: dict[str, int]) -> None:
     """Named in the error."""
     with pytest.raises(ConfigError, match=next(iter(changes))):
         settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_size": -5}, "--chunk-size: must be 1 or more, got -5"),
+        ({"block_size": 0}, "--block-size: must be 1 or more, got 0"),
+        ({"drain_grace": -1.0}, "--drain-grace: must be 0 or more, got -1"),
+        ({"drain_grace": float("nan")}, "--drain-grace: must be 0 or more, got nan"),
+        ({"default_timeout": 0.0}, "--default-timeout: must be more than 0 seconds, got 0"),
+    ],
+)
+def test_settings_refuse_numbers(changes: dict[str, float], message: str) -> None:
+    """By the flag that was given, before any process starts."""
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
+    settings(drain_grace=0.0, local_prefill_threshold=0)
 
 
 async def test_scale_refuses_gateways(up: Up) -> None:
