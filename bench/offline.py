@@ -11,6 +11,7 @@ more than 16,384 prompt tokens: one run).
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import time
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ from bench.report import emit
 from engine.batch import Batch, SampleSpec, Slice
 from engine.block_pool import BlockPool
 from engine.block_table import BlockTable
-from engine.config import DEFAULT_NUM_BLOCKS, resolve_engine_config
-from engine.loading import Engine, load_engine
+from engine.config import DEFAULT_NUM_BLOCKS
+from engine.loading import Engine, load_engine, resolve
+from engine.weights.checkpoint import read_config
 from tandem.models import resolve_model
 from tandem.record import SamplingParams
 
@@ -120,19 +122,19 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line (the default prints a table)")
     arguments = parser.parse_args()
     points = parse_points(arguments.points)
-    engine = load_engine(
-        resolve_engine_config(
-            {
-                "model": resolve_model(arguments.model),
-                "compute": arguments.compute,
-                "dtype": arguments.dtype,
-                "block_size": BLOCK_SIZE,
-                "num_blocks": max(DEFAULT_NUM_BLOCKS, blocks_for(points, BLOCK_SIZE)),
-                "max_step_tokens": max(arguments.chunk_size, 64),
-                "threads": arguments.threads,
-            }
-        )
-    )
+    path = resolve_model(arguments.model)
+    settings = {
+        "model": path,
+        "compute": arguments.compute,
+        "dtype": arguments.dtype,
+        "block_size": BLOCK_SIZE,
+        "num_blocks": max(DEFAULT_NUM_BLOCKS, blocks_for(points, BLOCK_SIZE)),
+        "max_step_tokens": max(arguments.chunk_size, 64),
+        "threads": arguments.threads,
+    }
+    engine = load_engine(resolve(settings, read_config(path)))
+    gc.collect()
+    gc.freeze()  # as the services do
     bench = OfflineBench(engine, arguments.chunk_size)
     emit(run_points(bench.measure, points, arguments.runs), as_json=arguments.json)
 

@@ -149,8 +149,12 @@ SETTINGS: Final = (*(f.name for f in fields(EngineConfig)), "kv_memory")
 """Keys of `resolve_engine_config`: EngineConfig's fields and `kv_memory` (bytes, in place of `num_blocks`)."""
 
 
-def resolve_engine_config(settings: Settings, model_config: ModelConfig | None = None) -> EngineConfig:
+def resolve_engine_config(
+    settings: Settings, model_config: ModelConfig | None = None, *, fastest: Compute = "exact"
+) -> EngineConfig:
     """Turn flags into an `EngineConfig`: "auto" (or None, or a missing key) becomes a concrete value.
+
+    `fastest` is what compute "auto" becomes when dtype is "auto" too (`engine.loading.resolve` knows the machine).
 
     `settings` has keys from `SETTINGS`; `model` is required. `model_config` (from `engine.weights.read_config`) lets
     `num_blocks` follow memory; without it "auto" is `DEFAULT_NUM_BLOCKS`, and `kv_memory` is refused.
@@ -159,7 +163,7 @@ def resolve_engine_config(settings: Settings, model_config: ModelConfig | None =
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(SETTINGS))}")
-    compute = _resolve_compute(settings)
+    compute = _resolve_compute(settings, fastest)
     dtype = _resolve_dtype(settings, "dtype", "bfloat16" if compute == "bf16" else "float32")
     if compute == "bf16" and dtype != "bfloat16":
         raise ConfigError(f"dtype: compute bf16 holds weights in bfloat16, not {dtype}; use dtype bfloat16 or auto")
@@ -183,14 +187,15 @@ def resolve_engine_config(settings: Settings, model_config: ModelConfig | None =
     return replace(config, num_blocks=_resolve_num_blocks(settings, config, model_config))
 
 
-def _resolve_compute(settings: Settings) -> Compute:
-    """auto is exact: bf16 products are a choice that costs quality, so somebody must make it."""
+def _resolve_compute(settings: Settings, fastest: Compute) -> Compute:
+    """auto is never bf16: its products are not row-invariant, so somebody must choose that."""
     chosen = _choice(settings, "compute", COMPUTES)
-    if chosen == "int8" and _choice(settings, "dtype", DTYPES, DTYPE_ALIASES) != "auto":
+    any_dtype = _choice(settings, "dtype", DTYPES, DTYPE_ALIASES) == "auto"
+    if chosen == "int8" and not any_dtype:
         raise ConfigError("dtype: compute int8 holds weights in 4 or 8 bits; leave dtype auto")
-    if chosen == "int8":
-        return "int8"
-    return "bf16" if chosen == "bf16" else "exact"
+    if chosen == "auto":
+        return fastest if any_dtype else "exact"
+    return "int8" if chosen == "int8" else "bf16" if chosen == "bf16" else "exact"
 
 
 def _resolve_dtype(settings: Settings, key: str, automatic: Dtype) -> Dtype:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
+from kernels.memory import advise_huge
 from tandem.errors import ConfigError
 
 TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,4 +69,5 @@ def _reserve(size: int) -> memoryview:
         raise ConfigError(
             f"can't reserve {size} bytes for KV blocks: {error}; use fewer blocks (--num-blocks)"
         ) from error
+    advise_huge(pages)
     return memoryview(pages)

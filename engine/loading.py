@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig, ModelConfig, Settings, resolve_engine_config
 from engine.kv_cache import KVCache, kv_bytes
+from engine.models.fused import step_shape
 from engine.models.int8_loader import load_int8_model
 from engine.models.loader import load_model
 from engine.models.numerics import numerics_id
@@ -17,6 +18,7 @@ from engine.models.transformer import Progress
 from engine.runner import Runner
 from engine.weights import checkpoint_id, open_checkpoint
 from kernels import dispatch
+from tandem.errors import ConfigError
 
 logger = logging.getLogger("engine")
 
@@ -24,6 +26,20 @@ NOT_INVARIANT_WARNING = (
     "compute exact can't keep its promise with the %s kernels: their results' bits depend on the batch, so the same "
     "request may give other tokens. Install g++ or clang++, or set CXX; `tandem doctor` shows what was found."
 )
+
+
+def resolve(settings: Settings, model_config: ModelConfig) -> EngineConfig:
+    """`resolve_engine_config` for this machine: compute "auto" is "int8" where that is fast and the model's shape fits.
+
+    Raises ConfigError, also for compute "int8" where it can't be had.
+    """
+    reason = step_shape(model_config).why_not()
+    if dispatch.select().name != "cpp":
+        reason = "the C++ kernels are not there"
+    if settings.get("compute") == "int8" and reason is not None:
+        raise ConfigError(f"compute: int8 can't be had: {reason}")
+    fits = reason is None and dispatch.has_fast_int8()
+    return resolve_engine_config(settings, model_config, fastest="int8" if fits else "exact")
 
 
 @dataclass(frozen=True, slots=True)

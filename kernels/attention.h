@@ -28,7 +28,8 @@ struct AttentionCall {
 
 struct AttentionTask {
     int32_t sequence, kv_head;
-    int64_t query, count;  // first query within the sequence, number of queries
+    int64_t query, count;   // first query within the sequence, number of queries
+    int64_t kv_heads;      // heads [kv_head, kv_head + kv_heads): more than one only with one query, where `attend` takes that
 };
 
 struct AttentionScratch {
@@ -230,16 +231,21 @@ inline int64_t find_bad_sequence(const AttentionCall& call, int64_t sequences, i
     return -1;
 }
 
-// What there is to do: the last queries of a sequence cost most, so they go first: less waiting at the end.
-inline void list_tasks(const AttentionCall& call, int64_t sequences, std::vector<AttentionTask>& tasks) {
+// What there is to do: the last queries of a sequence cost most, so they go first: less waiting at the end. `together`: all heads of a
+// sequence with one query are one task, since their keys and values lie side by side.
+inline void list_tasks(const AttentionCall& call, int64_t sequences, bool together, std::vector<AttentionTask>& tasks) {
     const int64_t step = GROUP_ROWS / (call.heads / call.kv_heads);
     tasks.clear();
     for (int64_t i = 0; i < sequences; ++i) {
         const int64_t queries = call.query_starts[i + 1] - call.query_starts[i];
+        if (queries == 1 && together) {
+            tasks.push_back(AttentionTask{(int32_t)i, 0, 0, 1, call.kv_heads});
+            continue;
+        }
         for (int64_t end = queries; end > 0; end -= step)
             for (int64_t h = 0; h < call.kv_heads; ++h) {
                 const int64_t begin = end > step ? end - step : 0;
-                tasks.push_back(AttentionTask{(int32_t)i, (int32_t)h, begin, end - begin});
+                tasks.push_back(AttentionTask{(int32_t)i, (int32_t)h, begin, end - begin, 1});
             }
     }
 }

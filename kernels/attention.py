@@ -25,7 +25,7 @@ def _library() -> ctypes.CDLL:
     lib = build.load_library("attention.cpp")
     assert lib is not None, "the cpp implementation is selected only when its libraries load"
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.tandem_paged_attention.argtypes = [pointer] * 6 + [i64] * 10 + [ctypes.c_float, i32, i32]
+    lib.tandem_paged_attention.argtypes = [pointer] * 6 + [i64] * 10 + [ctypes.c_float, i32, i32, i32]
     lib.tandem_paged_attention.restype = i64
     return lib
 
@@ -39,6 +39,8 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    *,
+    rounded: bool = False,
 ) -> torch.Tensor:
     """Return attention [T, Hq, D] float32 for the queries of S sequences, whose keys and values are in the cache
     already.
@@ -47,8 +49,10 @@ def paged_attention(
     [S, max_blocks] int32. query_starts [S + 1] int32: sequence s has rows query_starts[s] to query_starts[s + 1] (none
     is allowed). context_lens [S] int32: KV length after this step. Row i of sequence s sits at position context_len -
     query_len + i and sees positions up to its own, of these the last `sliding_window` when given. D a multiple of 8, at
-    most 256; Hq a multiple of Hkv. `out` must not overlap q. Raises InternalError for wrong shapes or dtypes,
-    impossible lengths, or a needed block that is outside the cache.
+    most 256; Hq a multiple of Hkv. `out` must not overlap q. `rounded` allows queries and softmax weights to be rounded
+    to bfloat16, which is faster with a bfloat16 cache where the CPU multiplies that (attention_bf16.h).
+
+    Raises InternalError for wrong shapes or dtypes, impossible lengths, or a needed block that is outside the cache.
     """
     block_stride, block_size = _check_shapes(q, kv_layer, block_tables, query_starts, context_lens, sliding_window)
     if out is None:
@@ -65,7 +69,7 @@ def paged_attention(
     sizes = (sequences, tokens, heads, kv_layer.shape[2], dim, kv_layer.shape[0], block_size, block_stride, max_blocks)
     bf16 = kv_layer.dtype is torch.bfloat16
     bad = _library().tandem_paged_attention(
-        *pointers, *sizes, sliding_window or 0, scale, bf16, torch.get_num_threads()
+        *pointers, *sizes, sliding_window or 0, scale, bf16, rounded, torch.get_num_threads()
     )
     if bad >= 0:
         raise _impossible(bad)

@@ -41,7 +41,7 @@ SOURCES = (
     "step.cpp",
 )
 # Part of the numerics id: raise it when a C++ kernel's bits change.
-CPP_NUMERICS_VERSION = 1
+CPP_NUMERICS_VERSION = 2
 
 FALLBACK_WARNING = (
     "no usable C++ compiler: the torch reference kernels are used. Expect several times slower steps, and results "
@@ -146,6 +146,17 @@ def vector_isa() -> str:
     return platform.machine().lower() or "generic"
 
 
+def int8_isa() -> str:
+    """Return what decides the bits of compute int8 beside `Implementation.numerics`: VNNI, and bf16 dot products."""
+    features = set(build.cpu_features())
+    return "-".join(name for name in ("avx512_vnni", "avx512_bf16") if name in features) or "plain"
+
+
+def has_fast_int8() -> bool:
+    """True where int8 products are the fastest; elsewhere they are plain loops."""
+    return select().name == "cpp" and {"avx512_vnni", "avx512bw"} <= set(build.cpu_features())
+
+
 def describe() -> dict[str, object]:
     """Return what `tandem doctor` prints: implementation, numerics, compiler, CPU features that matter, cache folder.
 
@@ -160,6 +171,7 @@ def describe() -> dict[str, object]:
         "numerics": chosen.numerics,
         "row_invariant": chosen.row_invariant,
         "vector_isa": vector_isa(),
+        "fast_int8": has_fast_int8(),
         "compiler": None if compiler is None else {"command": " ".join(compiler.command), "version": compiler.version},
         "cpu_features": [name for name in wanted if name in features],
         "cache_dir": str(build.cache_dir()),

@@ -120,6 +120,9 @@ static inline void quantise_rest(const float* x, const Rows& done, const Rows& t
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 
+// Four bytes from memory to every lane: straight from the load port, not through a general register.
+static inline __m512i four_codes(const void* at) { return _mm512_broadcastd_epi32(_mm_loadu_si32(at)); }
+
 // c[ROWS][32] (+)= rows [row, row + ROWS) . panel; `first`: from 0, else from c.
 template <int BITS, int ROWS>
 inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool first, float* c) {
@@ -146,9 +149,7 @@ inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool fir
                 const __m512i b0 = _mm512_and_si512(_mm512_srli_epi16(z0, 4), low), b1 = _mm512_and_si512(_mm512_srli_epi16(z1, 4), low);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; ++r) {
-                    int32_t four[2];
-                    std::memcpy(four, at + r * x.width + i * 8, 8);
-                    const __m512i xa = _mm512_set1_epi32(four[0]), xb = _mm512_set1_epi32(four[1]);
+                    const __m512i xa = four_codes(at + r * x.width + i * 8), xb = four_codes(at + r * x.width + i * 8 + 4);
                     sum0[r] = _mm512_dpbusd_epi32(sum0[r], a0, xa);
                     sum1[r] = _mm512_dpbusd_epi32(sum1[r], a1, xa);
                     sum0[r] = _mm512_dpbusd_epi32(sum0[r], b0, xb);
@@ -161,10 +162,9 @@ inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool fir
                 const __m512i z0 = _mm512_loadu_si512(panel + i * 128), z1 = _mm512_loadu_si512(panel + i * 128 + 64);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; ++r) {
-                    int32_t four;
-                    std::memcpy(&four, at + r * x.width + i * 4, 4);
-                    sum0[r] = _mm512_dpbusd_epi32(sum0[r], z0, _mm512_set1_epi32(four));
-                    sum1[r] = _mm512_dpbusd_epi32(sum1[r], z1, _mm512_set1_epi32(four));
+                    const __m512i four = four_codes(at + r * x.width + i * 4);
+                    sum0[r] = _mm512_dpbusd_epi32(sum0[r], z0, four);
+                    sum1[r] = _mm512_dpbusd_epi32(sum1[r], z1, four);
                 }
             }
         }
@@ -183,9 +183,7 @@ inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool fir
             __m512 c0 = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum0[r]), scale), d0, _mm512_load_ps(to));
             __m512 c1 = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum1[r]), scale), d1, _mm512_load_ps(to + 16));
             if (with_minima) {
-                int32_t both;
-                std::memcpy(&both, sums + r * groups + g - 1, 4);
-                const __m512i pair = _mm512_set1_epi32(both);
+                const __m512i pair = four_codes(sums + r * groups + g - 1);
 #if defined(__AVX512BF16__)
                 c0 = _mm512_dpbf16_ps(c0, (__m512bh)m0, (__m512bh)pair);
                 c1 = _mm512_dpbf16_ps(c1, (__m512bh)m1, (__m512bh)pair);

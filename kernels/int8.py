@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import build, check, dispatch
+from kernels.memory import Arena
 from tandem.errors import InternalError
 
 GROUP = 32
@@ -135,11 +136,20 @@ def quantize_weight_reference(weight: torch.Tensor) -> GroupWeights:
     return GroupWeights(8, codes.to(torch.uint8).view(rows, -1)[:, :k].contiguous(), scales)
 
 
-def pack_int8(parts: Sequence[GroupWeights], order: torch.Tensor | None = None) -> Int8Linear:
+def packed_bytes(n: int, k: int, bits: int = 8) -> int:
+    """Bytes of the panels of a weight [N, K]."""
+    return int(_library().tandem_int8_packed_bytes(n, k, bits)) if dispatch.select().name == "cpp" else 0
+
+
+def pack_int8(
+    parts: Sequence[GroupWeights], order: torch.Tensor | None = None, arena: Arena | None = None
+) -> Int8Linear:
     """Pack weights [Ni, K] that are fused along N (q, k, v; gate, up) for `int8_linear`.
 
     `order` int64 [N]: where each row of the parts, one after another, becomes an output column; None: as they come.
-    The parts may be freed afterwards. Raises InternalError when shapes or bits differ.
+    `arena`: where the panels are put. The parts may be freed afterwards.
+
+    Raises InternalError when shapes or bits differ.
     """
     first = parts[0]
     k, bits = first.codes.shape[1], first.bits
@@ -153,8 +163,8 @@ def pack_int8(parts: Sequence[GroupWeights], order: torch.Tensor | None = None) 
     check.vector("order", columns, torch.int64, n)
     if dispatch.select().name != "cpp":
         return Int8Linear(n, k, bits, None, _fused(parts, columns))
-    lib = _library()
-    panels = torch.zeros(lib.tandem_int8_packed_bytes(n, k, bits), dtype=torch.uint8)
+    lib, size = _library(), packed_bytes(n, k, bits)
+    panels = torch.zeros(size, dtype=torch.uint8) if arena is None else arena.take(size)
     done = 0
     for part in parts:
         rows = part.codes.shape[0]

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "attention_bf16.h"
 #include "norm.h"
 #include "rope.h"
 #include "step.h"
@@ -147,7 +148,9 @@ void product(Walker& walker, const Matrix& matrix, const Rows& x, const Rows* mo
     // Few columns for many threads: rows are split too. Each block of rows reads the weights anew.
     int64_t blocks = 1;
     while (column_tasks * blocks < walker.threads * 4 && rows / (blocks + 1) >= 4 * INT8_ROWS) ++blocks;
-    walker.each(column_tasks * blocks, blocks == 1 ? chunk_of(column_tasks, walker.threads) : 1, [&](int64_t task) {
+    // Quantised columns of a row share cache lines: there each thread keeps to one run of columns.
+    const int64_t chunk = panels_a_task > 1 ? (column_tasks + walker.threads - 1) / walker.threads : chunk_of(column_tasks, walker.threads);
+    walker.each(column_tasks * blocks, blocks == 1 ? chunk : 1, [&](int64_t task) {
         const int64_t block = task % blocks, begin = rows * block / blocks, count = rows * (block + 1) / blocks - begin;
         const int64_t tiles = int8_tiles(count), first_panel = task / blocks * panels_a_task;
         for (int64_t i = 0; i < tiles; ++i) {
@@ -172,6 +175,10 @@ struct Store {
         for (int64_t r = 0; r < rows; ++r) {
             float* to = out + (row + r) * matrix.n + column;
             const float* from = c + r * COLUMNS;
+            if (columns == COLUMNS && !matrix.bias) {
+                for (int64_t j = 0; j < COLUMNS; j += VW) store(to + j, ADD ? load(to + j) + load(from + j) : load(from + j));
+                continue;
+            }
             for (int64_t j = 0; j < columns; ++j) {
                 const float value = matrix.bias ? from[j] + matrix.bias[column + j] : from[j];
                 to[j] = ADD ? to[j] + value : value;
@@ -213,13 +220,10 @@ void attention(Walker& walker, const LayerArgs& layer, void* cache) {
                              1.0f / std::sqrt((float)m.dim)};
     walker.each((int64_t)run.tasks.size(), 1, [&](int64_t number) {
         const AttentionTask& task = run.tasks[(size_t)number];
-        if (s.is_bf16)
-            run_task<uint16_t>(call, task);
-        else
-            run_task<float>(call, task);
+        attend(call, task, s.is_bf16 != 0, true);
         const int64_t first = s.query_starts[task.sequence] + task.query, column = task.kv_head * group * m.dim;
         for (int64_t row = first; row < first + task.count; ++row)
-            for (int64_t i = 0; i < group * m.dim; i += GROUP)
+            for (int64_t i = 0; i < task.kv_heads * group * m.dim; i += GROUP)
                 quantise_group(run.w.mixed + row * width + column + i, run.w.attended, row, (column + i) / GROUP);
     });
 }
@@ -307,7 +311,9 @@ int64_t tandem_step(const ModelArgs* model, const StepArgs* step) {
                              m.kv_heads, m.dim,   s.num_blocks, s.block_size, s.block_stride, s.table_stride, 0, 1.0f};
     if (const int64_t bad = check_step(m, s, call)) return bad;
     Run run(m, s);
-    list_tasks(call, s.sequences, run.tasks);
+    // One thread for all heads of a sequence, unless that leaves threads without work.
+    const bool together = s.is_bf16 && bf16_attention_fits(m.dim) && m.heads <= GROUP_ROWS && s.sequences >= 2 * s.threads;
+    list_tasks(call, s.sequences, together, run.tasks);
     clear_padding(run.w.attended, s.tokens, m.heads * m.dim);
     clear_padding(run.w.inner, s.tokens, m.inner);
     clear_padding(run.w.rest, s.tokens, m.inner);

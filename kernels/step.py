@@ -202,6 +202,7 @@ class Step:
         )
         self._vocabulary = shape.vocabulary
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._logits = torch.empty(0, shape.vocabulary)
 
     def run(
         self,
@@ -218,9 +219,10 @@ class Step:
 
         token_ids, positions, slots int64 [T]; block_tables int32 [S, B]; query_starts int32 [S + 1]; context_lens int32
         [S]: as `engine.models.meta.ForwardMeta`. cache [blocks, layers, 2, Hkv, block_size, D], float32 or bfloat16.
-        Raises InternalError when something is out of range; then nothing was written.
+        The result is valid until the next `run`. Raises InternalError when something is out of range; then nothing was
+        written.
         """
-        logits = torch.empty(rows.shape[0], self._vocabulary)
+        logits = self._logits_of(rows.shape[0])
         step = _StepArgs(
             token_ids.data_ptr(),
             positions.data_ptr(),
@@ -247,6 +249,12 @@ class Step:
         if bad:
             raise InternalError(_COMPLAINTS[bad])
         return logits
+
+    def _logits_of(self, rows: int) -> torch.Tensor:
+        """Kept from step to step: fresh pages for megabytes of logits would cost more than filling them."""
+        if self._logits.shape[0] < rows:
+            self._logits = torch.empty(rows, self._vocabulary)
+        return self._logits[:rows]
 
     def _memory(self, tokens: int, rows: int) -> int:
         """Address of a workspace that is large enough, at a multiple of 64."""

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         add("--model", required=True, metavar="PATH", help="a GGUF file or a Hugging Face folder")
         add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help=callers)
         add("--metrics", default="127.0.0.1:0", metavar="HOST:PORT", help="where /metrics is served")
-        add("--compute", default="auto", help="auto, exact or bf16")
+        add("--compute", default="auto", help="auto, exact, bf16 or int8")
         add("--dtype", default="auto", help="of the weights: auto, float32 or bfloat16")
         add("--kv-dtype", default="auto", help="of the KV cache: auto, float32 or bfloat16")
         add("--block-size", type=int, metavar="TOKENS", help="tokens a KV block")

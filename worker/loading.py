@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 from pathlib import Path
 from typing import Any
 
-from engine.config import resolve_engine_config
-from engine.loading import BufferFactory, Engine, load_engine
+from engine.loading import BufferFactory, Engine, load_engine, resolve
 from engine.weights.checkpoint import read_config
 from kv_transfer.layout import KvLayout
 from worker.flags import Flags
@@ -17,8 +17,10 @@ from worker.identity import WorkerIdentity
 def load(flags: Flags, make_buffer: BufferFactory | None = None) -> Engine:
     """Load the model and warm it up; blocking. `make_buffer` gives the KV cache's memory. Raises ConfigError."""
     model_config = read_config(str(flags.engine["model"]))
-    engine = load_engine(resolve_engine_config(flags.engine, model_config), make_buffer)
+    engine = load_engine(resolve(flags.engine, model_config), make_buffer)
     engine.runner.warm_up()
+    gc.collect()
+    gc.freeze()  # what is loaded stays: the collector need not look at it again in the middle of a step
     return engine
 
 

@@ -20,7 +20,8 @@ from engine.models.rope import rope_tables
 from engine.models.tensors import EMBEDDING, HEAD, TensorSource, one_thread_each, trim_heap
 from engine.models.transformer import Progress
 from engine.weights.checkpoint import Checkpoint
-from kernels.int8 import GroupWeights, pack_int8, quantize_weight
+from kernels.int8 import GroupWeights, pack_int8, packed_bytes, quantize_weight
+from kernels.memory import ALIGNMENT, Arena
 from kernels.step import Step, StepLayer, StepLinear, gate_up_order
 
 FINE_FIRST: Final = 3
@@ -49,6 +50,7 @@ class _Int8Loader:
         self._source = TensorSource(checkpoint, engine_config.model)
         self._engine = engine_config
         self._config: ModelConfig = checkpoint.config
+        self._arena = Arena(_most_bytes(self._config))
 
     def load(self, progress: Progress | None) -> FusedModel:
         """The whole model."""
@@ -91,7 +93,7 @@ class _Int8Loader:
     def _head_and_table(self) -> tuple[StepLinear, Tensor | None]:
         shape = (self._config.vocab_size, self._config.hidden_size)
         tied = self._config.tie_embeddings
-        head = StepLinear(pack_int8([self._codes(EMBEDDING if tied else HEAD, shape)]))
+        head = StepLinear(pack_int8([self._codes(EMBEDDING if tied else HEAD, shape)], arena=self._arena))
         if tied:
             self._source.use(HEAD)
             return head, None
@@ -106,7 +108,7 @@ class _Int8Loader:
         parts = [self._codes(f"{at}.{part}.weight", (n, inputs)) for part, n in outputs.items()]
         if len({part.bits for part in parts}) > 1:
             parts = [part if part.bits == 8 else quantize_weight(part.dequantized()) for part in parts]
-        packed = pack_int8(parts, order)
+        packed = pack_int8(parts, order, self._arena)
         if not with_bias:
             return StepLinear(packed)
         bias = torch.cat([self._source.vector(f"{at}.{part}.bias", n) for part, n in outputs.items()])
@@ -120,6 +122,15 @@ class _Int8Loader:
             codes = quantize_weight(self._source.take(name, shape))
         self._source.release(name)
         return codes
+
+
+def _most_bytes(config: ModelConfig) -> int:
+    """Bytes of all panels if every weight took 8 bits, each at an aligned place."""
+    width, inner = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = [(query + 2 * key, width), (width, query), (2 * inner, width), (width, inner)]
+    layer = sum(packed_bytes(n, k) + ALIGNMENT for n, k in shapes)
+    return config.num_layers * layer + packed_bytes(config.vocab_size, width) + ALIGNMENT
 
 
 def _layer_bytes(layer: StepLayer) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.config import EngineConfig
+from kernels import dispatch
 from kernels.dispatch import Implementation
 
 VERSION = 1
@@ -14,7 +15,8 @@ VERSION = 1
 def numerics_id(engine_config: EngineConfig, kernels: Implementation) -> str:
     """What decides a result's bits beside the model: compute, dtypes, kernels, torch (RoPE tables and bf16 products).
 
-    `kernels` is `kernels.dispatch.select()`. Block size, batch, chunks and threads do not count with compute "exact".
+    `kernels` is `kernels.dispatch.select()`. Block size, batch, chunks and threads count with compute "bf16"
+    only.
     """
     parts = (
         f"v{VERSION}",
@@ -22,6 +24,7 @@ def numerics_id(engine_config: EngineConfig, kernels: Implementation) -> str:
         engine_config.dtype,
         f"kv-{engine_config.kv_dtype}",
         kernels.numerics,
+        *([dispatch.int8_isa()] if engine_config.compute == "int8" else []),
         f"torch-{torch.__version__}",
     )
     return "/".join(parts)

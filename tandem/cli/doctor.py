@@ -136,7 +136,7 @@ def _use(kernels: dict[str, Any], transfer: dict[str, Any]) -> dict[str, Any]:
     return {
         "device": "cpu",
         "kernels": kernels.get("implementation"),
-        "compute": "exact",
+        "compute": "int8" if kernels.get("fast_int8") else "exact",
         "exact_promise": "holds" if kernels.get("row_invariant") else "does not hold",
         "transport": (transfer.get("transports") or [None])[0],
     }

@@ -70,7 +70,8 @@ def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ({"colour": "red"}, "unknown setting 'colour'; known: block_size, compute"),
         ({"model": ""}, "model: must be the path"),
-        ({"compute": "int8"}, "compute: 'int8' is not one of auto, exact, bf16"),
+        ({"compute": "int4"}, "compute: 'int4' is not one of auto, exact, bf16, int8"),
+        ({"compute": "int8", "dtype": "float32"}, "dtype: compute int8 holds weights in 4 or 8 bits"),
         ({"dtype": "float8"}, "dtype: 'float8' is not one of auto, float32, bfloat16"),
         ({"kv_dtype": "int4"}, "kv_dtype: 'int4' is not one of"),
         ({"compute": "bf16", "dtype": "float32"}, "dtype: compute bf16 holds weights in bfloat16"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -229,3 +230,43 @@ def test_wrong_arguments_are_named(implementation: str) -> None:
         call(q=torch.zeros(2, 4, 12), kv_layer=torch.zeros(5, 2, 2, 4, 12))
     with pytest.raises(InternalError, match="sliding_window"):
         call(sliding_window=0)
+
+
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"),
+    [(9, 3, 64, 16), (8, 1, 128, 1), (2, 1, 256, 32), (6, 2, 96, 7), (4, 4, 32, 100), (3, 1, 40, 16)],
+)
+def test_rounded_is_near(
+    implementation: str,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block_size: int,
+    generator: torch.Generator,
+) -> None:
+    """Queries and weights in bf16: 8 bits, and a mean of values."""
+    spans = [(0, 1), (63, 64), (0, 130), (37, 37), (99, 165), (150, 151)]
+    sequences = [make_sequence(end, heads, kv_heads, dim, generator) for _, end in spans]
+    state = generator.get_state()
+    rounded = functools.partial(paged_attention, rounded=True)
+    actual = attend(sequences, spans, block_size, torch.bfloat16, window, generator, rounded)
+    generator.set_state(state)
+    expected = attend(sequences, spans, block_size, torch.bfloat16, window, generator, paged_attention_reference)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+
+
+def test_rounded_bits_are_free_of_the_batch_and_of_chunks(
+    cpp: None, generator: torch.Generator, same_bits: SameBits
+) -> None:
+    sequences = [make_sequence(150, 9, 3, 64, generator) for _ in range(3)]
+    rounded = functools.partial(paged_attention, rounded=True)
+    (whole,) = attend(sequences[:1], [(0, 150)], 16, torch.bfloat16, None, generator, rounded)
+    for block_size, chunk in ((16, 1), (7, 64), (64, 33)):
+        for begin in range(0, 150, chunk):
+            span = (begin, min(150, begin + chunk))
+            spans = [span, (149, 150), (3, 90)]
+            part = attend(sequences, spans, block_size, torch.bfloat16, None, generator, rounded)[0]
+            assert same_bits(part, whole[slice(*span)])

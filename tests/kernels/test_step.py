@@ -130,7 +130,7 @@ def one_by_one(model: Tiny, i: Inputs, cache: torch.Tensor) -> torch.Tensor:
             shape.kv_heads,
             interleaved=shape.interleaved_rope,
         )
-        mixed = paged_attention(q, kv, i.tables, i.starts, i.contexts, shape.head_dim**-0.5, layer.window)
+        mixed = paged_attention(q, kv, i.tables, i.starts, i.contexts, shape.head_dim**-0.5, layer.window, rounded=True)
         residual = residual + product(mixed.view(len(qkv), -1), layer.output)
         gate_up = product(rms_norm(residual, layer.post_norm, EPS), model.gate_up[index])
         residual = residual + product(silu_mul(gate_up), layer.down, fine=layer.fine_down)

@@ -298,12 +298,14 @@ def test_every_command_explains_itself() -> None:
         assert all(option.help for option in command.params if isinstance(option, click.Option))
 
 
-def test_doctor_says_what_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_doctor_says_what_will_be_used(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the probes; a missing piece is a problem and exit code 1."""
     probes = {
         "kernels": {
             "implementation": "cpp",
             "row_invariant": True,
+            "fast_int8": fast,
             "cpu_features": ["avx2", "avx512_bf16"],
             "compiler": None,
         },
@@ -312,7 +314,8 @@ def test_doctor_says_what_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_probe", lambda module, problems: probes[module])
     result = CliRunner().invoke(cli, ["doctor", "--json"])
     found = json.loads(result.output)
-    assert (found["use"]["kernels"], found["use"]["compute"], found["use"]["transport"]) == ("cpp", "exact", "shm")
+    used = found["use"]
+    assert (used["kernels"], used["compute"], used["transport"]) == ("cpp", "int8" if fast else "exact", "shm")
     assert (found["problems"], result.exit_code) == ([], 0)
     text = CliRunner().invoke(cli, ["doctor", "--model", "/nowhere"])
     assert text.exit_code == 1

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from engine.models.fused import FusedModel
+from engine.models.int8_loader import load_int8_model
 from engine.models.loader import load_model
 from engine.models.meta import ForwardMeta
 from engine.models.transformer import Model
@@ -40,7 +42,7 @@ class BareCache:
 class Driver:
     """Feeds sequences to a model. Sequence s owns blocks from s * blocks_each, so that batching moves nothing."""
 
-    model: Model
+    model: Model | FusedModel
     engine: EngineConfig
     blocks_each: int
 
@@ -52,7 +54,7 @@ class Driver:
             live = [s for s, prompt in enumerate(prompts) if start < len(prompt)]
             spans = [(s, start, min(start + chunk, len(prompts[s]))) for s in live]
             ids = torch.tensor([t for s, a, b in spans for t in prompts[s][a:b]])
-            logits = self.model.logits(self.model.forward(ids, self._meta(spans), cache))
+            logits = self.model.step(ids, self._meta(spans), cache, torch.arange(len(ids))).clone()
             for (s, _, _), rows in zip(spans, logits.split([b - a for _, a, b in spans]), strict=True):
                 pieces[s].append(rows.clone())
         return [torch.cat(rows) for rows in pieces]
@@ -93,7 +95,7 @@ def _make_driver(path: Path, sequences: int = 1, length: int = 128, block_size: 
     each = -(-length // block_size)
     engine = EngineConfig(model=str(path), block_size=block_size, num_blocks=each * sequences, **settings)
     checkpoint = open_checkpoint(path)
-    model = load_model(checkpoint, engine)
+    model = (load_int8_model if engine.compute == "int8" else load_model)(checkpoint, engine)
     checkpoint.close()
     return Driver(model, engine, each)
 

@@ -58,6 +58,19 @@ def test_every_type(kind: str, write_gguf: WriteGguf) -> None:
     checkpoint.close()
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_codes_are_the_tensor_without_loss(kind: str, write_gguf: WriteGguf) -> None:
+    """What int8 products take as it is, in exact numbers: only the rounding of a product and a sum differs."""
+    checkpoint = open_checkpoint(write_gguf(kind))
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        codes = checkpoint.codes(name)
+        assert (codes is not None) == (kind in ("Q4_0", "Q4_1", "Q8_0"))
+        if codes is not None:
+            torch.testing.assert_close(codes.dequantized(), checkpoint.tensor(name), rtol=0, atol=2e-6)
+    assert checkpoint.codes("model.norm.weight") is None
+    checkpoint.close()
+
+
 @pytest.mark.parametrize("kind", ["F32", "Q4_K"])
 def test_loads_into_a_model(kind: str, write_gguf: WriteGguf) -> None:
     """The whole file is used, and nothing of the model lives in the map."""
