@@ -25,7 +25,7 @@ class Runner:
 
     def __init__(self, model: Model | FusedModel, kv_cache: KVCache, engine_config: EngineConfig) -> None:
         """All three belong together: see `engine.loading.load_engine`."""
-        self._model = model
+        self.model = model
         self._kv = kv_cache
         self._block_size = engine_config.block_size
         self._threads = engine_config.threads
@@ -39,7 +39,7 @@ class Runner:
             return StepOutput([])
         with torch.inference_mode():
             token_ids, meta = build_meta(batch.slices, self._block_size)
-            logits = self._model.step(token_ids, meta, self._kv, last_rows(batch.slices, meta))
+            logits = self.model.step(token_ids, meta, self._kv, last_rows(batch.slices, meta))
         return sample(batch, logits)
 
     def _bind_thread(self) -> None:

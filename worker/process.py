@@ -19,6 +19,9 @@ from tandem.service.server import run
 from worker.assembly import Assembly
 from worker.flags import Flags
 
+OPENMP_SPINS = "2000"
+"""How long OpenMP's idle threads spin for the next parallel region: some 20 microseconds, the time between two of one
+step. Its default is milliseconds, of a core that the event loop, the gateway and other workers could use."""
 F = TypeVar("F", bound=Flags)
 T = TypeVar("T")
 
@@ -34,6 +37,7 @@ def main(
     except ConfigError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 2
+    os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)  # read when torch is loaded
     return run(lambda: serve_flags(flags))
 
 
