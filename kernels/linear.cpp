@@ -9,10 +9,6 @@
 
 #include "tile.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 using namespace tandem;
 
 namespace {
@@ -159,17 +155,6 @@ void pack(const T* weight, T* packed, int64_t first, int64_t n, int64_t k, int t
 }  // namespace
 
 extern "C" {
-
-// Ask for huge pages before first touch: fewer TLB misses while streaming weights. A hint; nothing depends on it.
-void tandem_advise_huge(void* data, int64_t bytes) {
-#ifdef __linux__
-    const uintptr_t page = 2u << 20, begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + bytes) / page * page;
-    if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#else
-    (void)data;
-    (void)bytes;
-#endif
-}
 
 // Where column j of a bf16 panel row lies.
 int64_t tandem_bf16_place(int64_t j) { return bf16_place(j); }

@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 
 from kernels import build, check, dispatch
+from kernels.memory import Arena
 from tandem.errors import ConfigError, InternalError
 
 PANEL = 64
@@ -55,8 +56,6 @@ def _library() -> ctypes.CDLL:
     lib = build.load_library("linear.cpp")
     assert lib is not None, "the cpp implementation is selected only when its libraries load"
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.tandem_advise_huge.argtypes = [pointer, i64]
-    lib.tandem_advise_huge.restype = None
     lib.tandem_linear_pack.argtypes = [pointer, pointer, i64, i64, i64, i32, i32]
     lib.tandem_linear_pack.restype = None
     lib.tandem_linear.argtypes = [pointer, pointer, pointer, pointer, i64, i64, i64, i32, i32]
@@ -64,12 +63,20 @@ def _library() -> ctypes.CDLL:
     return lib
 
 
-def pack_linear(weight: torch.Tensor | Sequence[torch.Tensor], compute: str) -> PackedLinear:
+def panel_bytes(n: int, k: int) -> int:
+    """Most bytes that the panels of a weight [N, K] take: those of float32."""
+    return -(-n // PANEL) * k * PANEL * 4
+
+
+def pack_linear(
+    weight: torch.Tensor | Sequence[torch.Tensor], compute: str, arena: Arena | None = None
+) -> PackedLinear:
     """Pack weight [N, K], or several [Ni, K] that are fused along N (q, k, v; gate, up), for `linear`.
 
     All parts have one dtype, float32 or bfloat16, and one K. `compute` is "exact" (weights keep their dtype) or "bf16"
-    (weights are rounded to bf16). The parts may be freed afterwards. Raises ConfigError for an unknown `compute`,
-    InternalError for bad shapes.
+    (weights are rounded to bf16). `arena`: where panels are put. The parts may be freed afterwards.
+
+    Raises ConfigError for an unknown `compute`, InternalError for bad shapes.
     """
     if compute not in COMPUTES:
         raise ConfigError(f"compute={compute!r} is unknown; allowed: {', '.join(COMPUTES)}")
@@ -77,7 +84,7 @@ def pack_linear(weight: torch.Tensor | Sequence[torch.Tensor], compute: str) -> 
     _check_parts(parts)
     n, k = sum(part.shape[0] for part in parts), parts[0].shape[1]
     if compute == "exact" and dispatch.select().name == "cpp":
-        return PackedLinear(n, k, parts[0].dtype, compute, True, _pack_panels(parts, n, k))
+        return PackedLinear(n, k, parts[0].dtype, compute, True, _pack_panels(parts, n, k, arena))
     dtype = torch.bfloat16 if compute == "bf16" else parts[0].dtype
     data = torch.empty((n, k), dtype=dtype)
     torch.cat([part.to(dtype) for part in parts], out=data)
@@ -95,10 +102,10 @@ def _check_parts(parts: list[torch.Tensor]) -> None:
             raise check.fail("weight", part, f"[N, {first.shape[1]}], K at least 1")
 
 
-def _pack_panels(parts: list[torch.Tensor], n: int, k: int) -> torch.Tensor:
+def _pack_panels(parts: list[torch.Tensor], n: int, k: int, arena: Arena | None) -> torch.Tensor:
     lib, dtype = _library(), parts[0].dtype
-    packed = torch.empty((n + PANEL - 1) // PANEL * k * PANEL, dtype=dtype)
-    lib.tandem_advise_huge(packed.data_ptr(), packed.nbytes)
+    size = -(-n // PANEL) * k * PANEL
+    packed = torch.empty(size, dtype=dtype) if arena is None else arena.take(size * dtype.itemsize).view(dtype)
     packed[n // PANEL * k * PANEL :].zero_()  # columns beyond N, in the last panel only
     first = 0
     for part in parts:

@@ -17,11 +17,11 @@ from torch import Tensor
 from engine.config import EngineConfig, ModelConfig
 from engine.models.fused import FusedModel, step_shape
 from engine.models.rope import rope_tables
-from engine.models.tensors import EMBEDDING, HEAD, TensorSource, one_thread_each, trim_heap
+from engine.models.tensors import EMBEDDING, HEAD, TensorSource, most_bytes, one_thread_each, trim_heap
 from engine.models.transformer import Progress
 from engine.weights.checkpoint import Checkpoint
 from kernels.int8 import GroupWeights, pack_int8, packed_bytes, quantize_weight
-from kernels.memory import ALIGNMENT, Arena
+from kernels.memory import Arena
 from kernels.step import Step, StepLayer, StepLinear, gate_up_order
 
 FINE_FIRST: Final = 3
@@ -50,7 +50,7 @@ class _Int8Loader:
         self._source = TensorSource(checkpoint, engine_config.model)
         self._engine = engine_config
         self._config: ModelConfig = checkpoint.config
-        self._arena = Arena(_most_bytes(self._config))
+        self._arena = Arena(most_bytes(self._config, packed_bytes))
 
     def load(self, progress: Progress | None) -> FusedModel:
         """The whole model."""
@@ -122,15 +122,6 @@ class _Int8Loader:
             codes = quantize_weight(self._source.take(name, shape))
         self._source.release(name)
         return codes
-
-
-def _most_bytes(config: ModelConfig) -> int:
-    """Bytes of all panels if every weight took 8 bits, each at an aligned place."""
-    width, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = [(query + 2 * key, width), (width, query), (2 * inner, width), (width, inner)]
-    layer = sum(packed_bytes(n, k) + ALIGNMENT for n, k in shapes)
-    return config.num_layers * layer + packed_bytes(config.vocab_size, width) + ALIGNMENT
 
 
 def _layer_bytes(layer: StepLayer) -> int:

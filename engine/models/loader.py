@@ -16,10 +16,11 @@ from torch import Tensor
 from engine.config import EngineConfig, ModelConfig
 from engine.models.embedding import TableEmbedding, TiedEmbedding
 from engine.models.rope import rope_tables
-from engine.models.tensors import EMBEDDING, HEAD, TensorSource, one_thread_each, trim_heap
+from engine.models.tensors import EMBEDDING, HEAD, TensorSource, most_bytes, one_thread_each, trim_heap
 from engine.models.transformer import Embedding, Layer, Linear, Model, Progress
 from engine.weights.checkpoint import Checkpoint
-from kernels.linear import PackedLinear, pack_linear
+from kernels.linear import PackedLinear, pack_linear, panel_bytes
+from kernels.memory import Arena
 
 
 def load_model(checkpoint: Checkpoint, engine_config: EngineConfig, progress: Progress | None = None) -> Model:
@@ -37,6 +38,7 @@ class _Loader:
         self._source = TensorSource(checkpoint, engine_config.model)
         self._engine = engine_config
         self._config: ModelConfig = checkpoint.config
+        self._arena = Arena(most_bytes(self._config, panel_bytes))
 
     def load(self, progress: Progress | None) -> Model:
         """The whole model."""
@@ -94,7 +96,7 @@ class _Loader:
         parts = [self._cast(self._source.take(name, shape)) for name, shape in zip(names, shapes, strict=True)]
         if len({part.dtype for part in parts}) > 1:
             parts = [part.float() for part in parts]
-        packed = pack_linear(parts, self._engine.compute)
+        packed = pack_linear(parts, self._engine.compute, self._arena)
         for name in names:
             self._source.release(name)
         return packed

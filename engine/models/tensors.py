@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from engine.config import ModelConfig
 from engine.weights.checkpoint import Checkpoint
 from kernels.int8 import GroupWeights
+from kernels.memory import ALIGNMENT
 from tandem.errors import ModelFormatError
 
 _UNUSED: Final = re.compile(r".*rotary_emb\.inv_freq")
@@ -40,6 +42,15 @@ def trim_heap() -> None:
     """Give back what the loading threads' heaps keep (130 of 670 MB for SmolLM2-135M); glibc only."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def most_bytes(config: ModelConfig, panels: Callable[[int, int], int]) -> int:
+    """Bytes of all packed weights at most, each at an aligned place; `panels` gives those of a weight [N, K]."""
+    width, inner = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = [(query + 2 * key, width), (width, query), (2 * inner, width), (width, inner)]
+    layer = sum(panels(n, k) + ALIGNMENT for n, k in shapes)
+    return config.num_layers * layer + panels(config.vocab_size, width) + ALIGNMENT
 
 
 class TensorSource:

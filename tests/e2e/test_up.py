@@ -14,7 +14,8 @@ from tandem.client import Client, Delta
 from tandem.supervisor.runtime import runtime_folder
 
 MODULES = ("prefill_service", "decode_service", "gateway")
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of France, and what is it known for?"
+"""What `make run` asks."""
 
 
 def _remains() -> set[str]:

@@ -28,6 +28,7 @@ class Variant:
     pick: Pick = "all"
     greedy: int = 64
     sampled: int = 32
+    compute: Literal["exact", "int8"] = "exact"
 
     @property
     def name(self) -> str:
@@ -35,7 +36,7 @@ class Variant:
         return (
             f"chunk{self.chunk_size}-{self.transport}-at{self.concurrency}-"
             f"{'cache' if self.prefix_cache else 'nocache'}-{self.workers}w{'-preempt' if self.preempt else ''}"
-            f"{'' if self.prefill else '-aggregated'}"
+            f"{'' if self.prefill else '-aggregated'}{'' if self.compute == 'exact' else '-int8'}"
         )
 
     def chosen(self, prompts: Mapping[int, list[int]], longest: int | None = None) -> dict[int, list[int]]:
@@ -57,7 +58,8 @@ class Variant:
 
     def flags(self, prompts: Sequence[list[int]] = ()) -> list[str]:
         """Flags of `tandem up`, for these prompts."""
-        flags = ["--compute", "exact", "--dtype", "float32", "--chunk-size", str(self.chunk_size)]
+        flags = ["--compute", self.compute, "--chunk-size", str(self.chunk_size)]
+        flags += ["--dtype", "float32"] if self.compute == "exact" else []
         flags += ["--transport", self.transport, "--block-size", str(BLOCK_SIZE)]
         flags += ["--decode", str(self.workers), "--prefill", str(self.workers if self.prefill else 0)]
         # Decode would prefill short prompts itself, and then nothing would travel.
@@ -110,4 +112,12 @@ PAIRWISE = [
     Variant(prefill=False, pick="many"),
     Variant(64, "grpc", 16, True, 1, True, pick="many"),
     Variant(7, "grpc", 1, True, 1, False, greedy=32, sampled=16),
+]
+
+# Compute int8 keeps the promise among its own runs: the first is what the others are compared with.
+INT8 = [
+    Variant(prefix_cache=False, compute="int8"),
+    Variant(7, "grpc", 16, True, 2, False, pick="many", compute="int8"),
+    Variant(64, "shm", 16, True, 1, True, greedy=32, sampled=16, compute="int8"),
+    Variant(512, "shm", 1, False, 1, False, prefill=False, pick="few", compute="int8"),
 ]

@@ -142,8 +142,34 @@ def test_same_tokens_however_run(
 ) -> None:
     """Chunking, transport, batching, caching, number of workers and preemption change nothing."""
     all_prompts, expected = baseline
+    _check_variant(variant, all_prompts, expected, start_stack, request.config.getoption("--exact-full"))
+
+
+@pytest.fixture(scope="module")
+def int8_baseline(baseline: tuple[Prompts, Outputs], start_stack: Any) -> tuple[Prompts, Outputs]:
+    """The same prompts and the outputs of the first of `matrix.INT8`."""
+    prompts = baseline[0]
+    stack = start_stack.start(*matrix.INT8[0].flags())
+    try:
+        outputs = asyncio.run(_run_all(stack.gateway, prompts, matrix.INT8[0]))
+        assert stack.stop() == 0
+    finally:
+        stack.kill()
+    return prompts, outputs
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("int8_variant", matrix.INT8[1:], ids=lambda variant: variant.name)
+def test_int8_gives_the_same_tokens_however_run(
+    int8_variant: Any, int8_baseline: tuple[Prompts, Outputs], start_stack: Any
+) -> None:
+    """What holds for compute exact holds for int8 among its own runs."""
+    _check_variant(int8_variant, *int8_baseline, start_stack, full=True)
+
+
+def _check_variant(variant: Any, all_prompts: Prompts, expected: Outputs, start_stack: Any, full: bool) -> None:
     # The prompt steps of one token each would take most of CI's time.
-    longest = SHORT_PROMPT if variant.chunk_size == 1 and not request.config.getoption("--exact-full") else None
+    longest = SHORT_PROMPT if variant.chunk_size == 1 and not full else None
     prompts = variant.chosen(all_prompts, longest)
     stack = start_stack.start(*variant.flags(list(prompts.values())))
     try:
