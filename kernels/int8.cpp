@@ -60,7 +60,7 @@ void tandem_int8_pack(const uint8_t* codes, const float* scales, const float* mi
     });
 }
 
-// Weight rows [rows][k] to 8-bit codes (zero 128) and scales that float16 holds.
+// Weight rows [rows][k] to 8-bit codes (zero 128) and scales that float16 holds. A group with a NaN or an infinity gets such a scale.
 void tandem_int8_quantise_weight(const float* weight, uint8_t* codes, float* scales, int64_t rows, int64_t k, int32_t threads) {
     const int64_t groups = (k + GROUP - 1) / GROUP;
     parallel_static(threads, rows, [&](int64_t begin, int64_t end) {
@@ -69,12 +69,12 @@ void tandem_int8_quantise_weight(const float* weight, uint8_t* codes, float* sca
                 const float* w = weight + r * k + g * GROUP;
                 const int64_t count = k - g * GROUP < GROUP ? k - g * GROUP : GROUP;
                 float most = 0.0f;
-                for (int64_t i = 0; i < count; ++i) most = std::fabs(w[i]) > most ? std::fabs(w[i]) : most;
+                for (int64_t i = 0; i < count; ++i) most = std::fabs(w[i]) > most || w[i] != w[i] ? std::fabs(w[i]) : most;
                 const float scale = half_to_float(float_to_half(most / 127.0f)), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
                 scales[r * groups + g] = scale;
                 for (int64_t i = 0; i < count; ++i) {
-                    const float code = std::nearbyint(w[i] * inverse);
-                    codes[r * k + g * GROUP + i] = (uint8_t)(128.0f + (code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code));
+                    const float code = std::nearbyint(w[i] * inverse), bounded = code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code;
+                    codes[r * k + g * GROUP + i] = (uint8_t)(bounded == bounded ? 128.0f + bounded : 128.0f);
                 }
             }
     });
