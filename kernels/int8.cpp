@@ -44,7 +44,32 @@ void pack_column(const uint8_t* codes, const float* scales, const float* minima,
 
 }  // namespace
 
+// What this build's bits depend on: width and fusing of vectors, then what compute int8 takes beside them.
+#if defined(__AVX512F__)
+#define TANDEM_VECTORS "avx512"
+#elif defined(__AVX__) && defined(__FMA__)
+#define TANDEM_VECTORS "avx2"
+#elif defined(__AVX__)
+#define TANDEM_VECTORS "avx-nofma"
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#define TANDEM_VECTORS "aarch64"
+#else
+#define TANDEM_VECTORS "generic"
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define TANDEM_VNNI " avx512_vnni"
+#else
+#define TANDEM_VNNI ""
+#endif
+#if defined(__AVX512BW__) && defined(__AVX512BF16__)
+#define TANDEM_BF16 " avx512_bf16"
+#else
+#define TANDEM_BF16 ""
+#endif
+
 extern "C" {
+
+const char* tandem_built_for() { return TANDEM_VECTORS TANDEM_VNNI TANDEM_BF16; }
 
 int64_t tandem_int8_packed_bytes(int64_t n, int64_t k, int32_t bits) {
     return (n + COLUMNS - 1) / COLUMNS * (padded(k) / PAIR) * pair_bytes(bits);
