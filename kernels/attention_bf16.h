@@ -173,12 +173,30 @@ inline void soften_bf16(const AttentionCall& call, Bf16Scratch& s, int64_t row, 
     for (int64_t d = 0; d < dim; d += 16) _mm512_store_ps(out + d, _mm512_mul_ps(_mm512_load_ps(out + d), shrink));
 }
 
+// One half of a pair of values made 0 for its life time: a row that sees the other position only has a weight of 0 there, and 0 times an
+// infinity would be NaN.
+class HalfPair {
+public:
+    HalfPair(uint32_t* values, int64_t dim, uint32_t keep, bool needed) : values_(values), bytes_(needed ? (size_t)dim * 4 : 0) {
+        std::memcpy(saved_, values_, bytes_);
+        for (size_t d = 0; d < bytes_ / 4; ++d) values_[d] &= keep;
+    }
+    ~HalfPair() { std::memcpy(values_, saved_, bytes_); }
+    HalfPair(const HalfPair&) = delete;
+    HalfPair& operator=(const HalfPair&) = delete;
+
+private:
+    uint32_t saved_[MAX_DIM];
+    uint32_t* values_;
+    size_t bytes_;
+};
+
 inline void add_bf16_values(int64_t dim, Bf16Scratch& s, int64_t first, int64_t last) {
     for (int64_t row = first; row < last;) {
         int64_t count = 1;
-        const int64_t begin = s.rows.begin[row] / 2, end = (s.rows.end[row] + 1) / 2;
-        while (count < MAX_ROWS && row + count < last && s.rows.begin[row + count] / 2 == begin && (s.rows.end[row + count] + 1) / 2 == end)
-            ++count;
+        const int64_t seen = s.rows.begin[row], stop = s.rows.end[row], begin = seen / 2, end = (stop + 1) / 2;
+        while (count < MAX_ROWS && row + count < last && s.rows.begin[row + count] == seen && s.rows.end[row + count] == stop) ++count;
+        const HalfPair oldest(s.values[begin], dim, 0xFFFF0000u, seen % 2 == 1), newest(s.values[end - 1], dim, 0x0000FFFFu, stop % 2 == 1);
         int64_t d = 0;
         for (; d + 64 <= dim; d += 64)
             pairs_rows(count, s.weights[row] + begin, POSITIONS / 2, s.values[begin] + d, MAX_DIM, 16, end - begin, s.rows.out + row * dim + d, dim, false);

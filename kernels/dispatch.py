@@ -16,7 +16,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import platform
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -136,25 +135,28 @@ def _load_all() -> bool:
         return all(loaded is not None for loaded in pool.map(build.load_library, SOURCES))
 
 
+def _built_for() -> tuple[str, ...]:
+    """What the compiler made of this CPU: an old one leaves out instructions that /proc/cpuinfo has."""
+    lib = build.load_library("int8.cpp")
+    if lib is None:
+        return ("generic",)
+    lib.tandem_built_for.argtypes, lib.tandem_built_for.restype = [], ctypes.c_char_p
+    return tuple(lib.tandem_built_for().decode().split())
+
+
 def vector_isa() -> str:
     """Return the vector instruction set that the C++ kernels are built for: it decides their reduction trees."""
-    features = set(build.cpu_features())
-    if "avx512f" in features:
-        return "avx512"
-    if "avx2" in features:
-        return "avx2" if "fma" in features else "avx2-nofma"
-    return platform.machine().lower() or "generic"
+    return _built_for()[0]
 
 
 def int8_isa() -> str:
     """Return what decides the bits of compute int8 beside `Implementation.numerics`: VNNI, and bf16 dot products."""
-    features = set(build.cpu_features())
-    return "-".join(name for name in ("avx512_vnni", "avx512_bf16") if name in features) or "plain"
+    return "-".join(_built_for()[1:]) or "plain"
 
 
 def has_fast_int8() -> bool:
     """True where int8 products are the fastest; elsewhere they are plain loops."""
-    return select().name == "cpp" and {"avx512_vnni", "avx512bw"} <= set(build.cpu_features())
+    return select().name == "cpp" and "avx512_vnni" in _built_for()
 
 
 def describe() -> dict[str, object]:

@@ -44,7 +44,32 @@ void pack_column(const uint8_t* codes, const float* scales, const float* minima,
 
 }  // namespace
 
+// What this build's bits depend on: width and fusing of vectors, then what compute int8 takes beside them.
+#if defined(__AVX512F__)
+#define TANDEM_VECTORS "avx512"
+#elif defined(__AVX__) && defined(__FMA__)
+#define TANDEM_VECTORS "avx2"
+#elif defined(__AVX__)
+#define TANDEM_VECTORS "avx-nofma"
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#define TANDEM_VECTORS "aarch64"
+#else
+#define TANDEM_VECTORS "generic"
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define TANDEM_VNNI " avx512_vnni"
+#else
+#define TANDEM_VNNI ""
+#endif
+#if defined(__AVX512BW__) && defined(__AVX512BF16__)
+#define TANDEM_BF16 " avx512_bf16"
+#else
+#define TANDEM_BF16 ""
+#endif
+
 extern "C" {
+
+const char* tandem_built_for() { return TANDEM_VECTORS TANDEM_VNNI TANDEM_BF16; }
 
 int64_t tandem_int8_packed_bytes(int64_t n, int64_t k, int32_t bits) {
     return (n + COLUMNS - 1) / COLUMNS * (padded(k) / PAIR) * pair_bytes(bits);
@@ -60,7 +85,7 @@ void tandem_int8_pack(const uint8_t* codes, const float* scales, const float* mi
     });
 }
 
-// Weight rows [rows][k] to 8-bit codes (zero 128) and scales that float16 holds.
+// Weight rows [rows][k] to 8-bit codes (zero 128) and scales that float16 holds. A group with a NaN or an infinity gets such a scale.
 void tandem_int8_quantise_weight(const float* weight, uint8_t* codes, float* scales, int64_t rows, int64_t k, int32_t threads) {
     const int64_t groups = (k + GROUP - 1) / GROUP;
     parallel_static(threads, rows, [&](int64_t begin, int64_t end) {
@@ -69,12 +94,12 @@ void tandem_int8_quantise_weight(const float* weight, uint8_t* codes, float* sca
                 const float* w = weight + r * k + g * GROUP;
                 const int64_t count = k - g * GROUP < GROUP ? k - g * GROUP : GROUP;
                 float most = 0.0f;
-                for (int64_t i = 0; i < count; ++i) most = std::fabs(w[i]) > most ? std::fabs(w[i]) : most;
+                for (int64_t i = 0; i < count; ++i) most = std::fabs(w[i]) > most || w[i] != w[i] ? std::fabs(w[i]) : most;
                 const float scale = half_to_float(float_to_half(most / 127.0f)), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
                 scales[r * groups + g] = scale;
                 for (int64_t i = 0; i < count; ++i) {
-                    const float code = std::nearbyint(w[i] * inverse);
-                    codes[r * k + g * GROUP + i] = (uint8_t)(128.0f + (code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code));
+                    const float code = std::nearbyint(w[i] * inverse), bounded = code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code;
+                    codes[r * k + g * GROUP + i] = (uint8_t)(bounded == bounded ? 128.0f + bounded : 128.0f);
                 }
             }
     });

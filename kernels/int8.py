@@ -108,7 +108,10 @@ def _library() -> ctypes.CDLL:
 
 
 def quantize_weight(weight: torch.Tensor) -> GroupWeights:
-    """Quantise a weight [N, K], float32 or bfloat16, to 8 bits: round to nearest, scale = largest magnitude / 127."""
+    """Quantise a weight [N, K], float32 or bfloat16, to 8 bits: round to nearest, scale = largest magnitude / 127.
+
+    A NaN or an infinity is not hidden: the scale of its group is one too.
+    """
     if weight.dim() != 2 or weight.dtype not in check.FLOATS or not weight.is_cpu or weight.shape[1] == 0:
         raise check.fail("weight", weight, "float32 or bfloat16 [N, K] on the CPU, K at least 1")
     if dispatch.select().name != "cpp":
@@ -132,7 +135,7 @@ def quantize_weight_reference(weight: torch.Tensor) -> GroupWeights:
     blocks = padded.view(rows, groups, GROUP)
     scales = (blocks.abs().amax(-1) / 127).half().float()
     inverse = torch.where(scales > 0, torch.ones_like(scales) / scales, 0.0)
-    codes = (blocks * inverse[..., None]).round().clamp(-127, 127) + 128
+    codes = (blocks * inverse[..., None]).round().nan_to_num().clamp(-127, 127) + 128
     return GroupWeights(8, codes.to(torch.uint8).view(rows, -1)[:, :k].contiguous(), scales)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import sys
 import threading
 
 import torch
 
-from tandem.errors import InternalError
+from tandem.errors import ConfigError, InternalError
 
 ALIGNMENT = 64
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Linux's number for older Pythons. Without it more than the machine's memory is refused, however little is used."""
 
 
 def advise_huge(pages: mmap.mmap) -> None:
@@ -28,8 +31,15 @@ class Arena:
     """One region that tensors are cut from, one after another; all live as long as any does. Thread-safe."""
 
     def __init__(self, capacity: int) -> None:
-        """`capacity` in bytes is address space only: pages are taken from the machine when first written."""
-        pages = mmap.mmap(-1, max(capacity, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        """`capacity` in bytes is address space only: pages are taken from the machine when first written.
+
+        Raises ConfigError when there is not even that.
+        """
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+        try:
+            pages = mmap.mmap(-1, max(capacity, mmap.PAGESIZE), flags)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ConfigError(f"can't reserve {capacity} bytes for weights: {error}") from error
         advise_huge(pages)
         self._memory = torch.frombuffer(pages, dtype=torch.uint8)
         self._lock = threading.Lock()

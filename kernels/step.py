@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from kernels import build, check
+from kernels.attention import MAX_GROUP, MAX_HEAD_DIM
 from kernels.int8 import GROUP, Int8Linear, MatrixArgs
 from tandem.errors import InternalError
 
 MAX_HIDDEN = 1 << 15
-MAX_HEAD_DIM = 256
 HALF_PANEL = 16
 """Gate columns of a panel; the other half are their up columns."""
 _COMPLAINTS = {
@@ -80,7 +80,10 @@ class StepShape:
 
     def why_not(self) -> str | None:
         """None when `Step` can run this shape, else what stands against it."""
-        attended = self.heads // self.kv_heads * self.head_dim
+        group = self.heads // self.kv_heads
+        if self.heads % self.kv_heads or group > MAX_GROUP:
+            return f"{self.heads} heads must be 1 to {MAX_GROUP} times the {self.kv_heads} KV heads"
+        attended = group * self.head_dim
         if self.hidden % GROUP or self.inner % GROUP or attended % GROUP:
             return f"hidden {self.hidden}, inner {self.inner} and heads' width {attended} must be multiples of {GROUP}"
         if self.hidden > MAX_HIDDEN or self.head_dim > MAX_HEAD_DIM or self.head_dim % 8:

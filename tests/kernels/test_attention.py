@@ -270,3 +270,25 @@ def test_rounded_bits_are_free_of_the_batch_and_of_chunks(
             spans = [span, (149, 150), (3, 90)]
             part = attend(sequences, spans, block_size, torch.bfloat16, None, generator, rounded)[0]
             assert same_bits(part, whole[slice(*span)])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_rounded_rows_never_take_what_they_must_not_see(
+    cpp: None, window: int | None, generator: torch.Generator, same_bits: SameBits
+) -> None:
+    """Values go in pairs of positions: the half of a pair that is hidden from a row may be anything."""
+    rounded = functools.partial(paged_attention, rounded=True)
+    sequence = make_sequence(40, 4, 2, 96, generator)
+
+    def run(begin: int, end: int) -> torch.Tensor:
+        return attend([sequence], [(begin, end)], 16, torch.bfloat16, window, generator, rounded)[0]
+
+    for bad in (20, 21):
+        expected = run(0, bad)
+        sequence.values[bad] = torch.inf
+        together = run(0, 40)
+        assert same_bits(together[:bad], expected)
+        if window is not None:
+            assert same_bits(together[bad + window :], run(bad + window, 40))
+            assert bool(together[bad + window :].isfinite().all())
+        sequence.values[bad] = 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +185,21 @@ def test_one_openmp_runtime_is_loaded() -> None:
     maps = Path("/proc/self/maps").read_text()
     runtimes = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libomp" in line}
     assert len(runtimes) == 1
+
+
+def test_numerics_follow_the_build_and_not_the_cpu(tmp_path: Path) -> None:
+    """A compiler that can't make this CPU's instructions gives other bits, so another numerics id."""
+    compiler = tmp_path / "old-compiler"
+    compiler.write_text(
+        '#!/bin/sh\nfor flag; do shift; case $flag in -m*=native) ;; *) set -- "$@" "$flag";; esac; done\n'
+    )
+    with compiler.open("a") as script:
+        script.write('exec g++ "$@"\n')
+    compiler.chmod(0o755)
+    code = "from kernels import dispatch as d; print(d.select().numerics, d.int8_isa(), d.has_fast_int8())"
+    environment = {**os.environ, "CXX": str(compiler), "TANDEM_CACHE_DIR": str(tmp_path), "TANDEM_KERNELS": "cpp"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    numerics, int8, fast = done.stdout.split()
+    expected = "aarch64" if platform.machine() == "aarch64" else "generic"
+    assert numerics == f"cpp{dispatch.CPP_NUMERICS_VERSION}-{expected}"
+    assert (int8, fast) == ("plain", "False")

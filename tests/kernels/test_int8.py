@@ -144,6 +144,16 @@ def test_quantizing_weights(k: int, generator: torch.Generator) -> None:
     assert bool(((expected.dequantized() - weight).abs() <= step * 0.51 + 1e-6).all())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_show(implementation: str, bad: float, generator: torch.Generator) -> None:
+    weight = torch.randn(40, 100, generator=generator)
+    weight[7, 33:35] = torch.tensor([bad, 1.0])
+    quantized = quantize_weight(weight)
+    assert torch.equal(quantized.codes, quantize_weight_reference(weight).codes)
+    finite = int8_linear(torch.ones(2, 100), pack_int8([quantized])).isfinite()
+    assert (~finite).nonzero().tolist() == [[0, 7], [1, 7]]
+
+
 def test_parts_that_do_not_fit(implementation: str, generator: torch.Generator) -> None:
     with pytest.raises(InternalError, match="same bits"):
         pack_int8([four_bits(2, 32, generator), eight_bits(2, 32, generator)])

@@ -228,6 +228,13 @@ def test_shapes_that_it_can_not_run(hidden: int, inner: int, dim: int) -> None:
         Step(StepShape(hidden, inner, 4, 2, dim, 50, EPS, False), [], *[None] * 5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(97, 1), (194, 2), (5, 2)])
+def test_heads_that_it_can_not_run(heads: int, kv_heads: int) -> None:
+    reason = StepShape(64, 96, heads, kv_heads, 32, 50, EPS, False).why_not()
+    assert reason is not None
+    assert "KV heads" in reason
+
+
 def test_gate_up_order_is_a_permutation() -> None:
     order = gate_up_order(96)
     assert sorted(order.tolist()) == list(range(192))
