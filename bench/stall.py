@@ -2,7 +2,11 @@
 
     tandem up --gateway 127.0.0.1:50051 &                                  # prefill and decode apart
     python -m bench.stall --gateway 127.0.0.1:50051 --json
-    tandem up --gateway 127.0.0.1:50052 --prefill 0 --chunk-size 8192 &    # one process, unchunked
+
+Beside it one process that prefills unchunked: `tandem up --prefill 0` would still chunk beside running streams.
+
+    python -m decode_service --model PATH --listen 127.0.0.1:7001 --chunk-size 8192 --mixed-prefill-tokens 8192 &
+    python -m gateway --model PATH --listen 127.0.0.1:50052 --decode-worker 127.0.0.1:7001 &
     python -m bench.stall --gateway 127.0.0.1:50052 --json
 
 Eight streams decode; once all run, a prompt of 4,000 tokens arrives. Prints the largest gap before it came and the
