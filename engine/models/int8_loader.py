@@ -8,7 +8,6 @@ loses: see docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from engine.config import EngineConfig, ModelConfig
 from engine.models.fused import FusedModel, step_shape
 from engine.models.rope import rope_tables
-from engine.models.tensors import EMBEDDING, HEAD, TensorSource, most_bytes, one_thread_each, trim_heap
+from engine.models.tensors import EMBEDDING, HEAD, TensorSource, load_side_by_side, most_bytes
 from engine.models.transformer import Progress
 from engine.weights.checkpoint import Checkpoint
 from kernels.int8 import GroupWeights, pack_int8, packed_bytes, quantize_weight
@@ -55,15 +54,7 @@ class _Int8Loader:
     def load(self, progress: Progress | None) -> FusedModel:
         """The whole model."""
         config = self._config
-        layers: list[StepLayer] = []
-        with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
-            largest = pool.submit(self._head_and_table)
-            for layer in pool.map(self._layer, range(config.num_layers)):
-                layers.append(layer)
-                if progress is not None:
-                    progress(len(layers), config.num_layers)
-            head, table = largest.result()
-        trim_heap()
+        layers, (head, table) = load_side_by_side(self._layer, self._head_and_table, config.num_layers, progress)
         final_norm = self._source.vector("model.norm.weight", config.hidden_size)
         self._source.refuse_unused()
         cos, sin = rope_tables(config.rope, self._engine.context_limit(config))

@@ -8,7 +8,6 @@ dtype float32: the kernels expand them exactly, so the result has the same bits 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from engine.config import EngineConfig, ModelConfig
 from engine.models.embedding import TableEmbedding, TiedEmbedding
 from engine.models.rope import rope_tables
-from engine.models.tensors import EMBEDDING, HEAD, TensorSource, most_bytes, one_thread_each, trim_heap
+from engine.models.tensors import EMBEDDING, HEAD, TensorSource, load_side_by_side, most_bytes
 from engine.models.transformer import Embedding, Layer, Linear, Model, Progress
 from engine.weights.checkpoint import Checkpoint
 from kernels.linear import PackedLinear, pack_linear, panel_bytes
@@ -43,19 +42,13 @@ class _Loader:
     def load(self, progress: Progress | None) -> Model:
         """The whole model."""
         config = self._config
-        layers: list[Layer] = []
-        with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
-            largest = pool.submit(self._embedding_and_head)
-            for layer in pool.map(self._layer, range(config.num_layers)):
-                layers.append(layer)
-                if progress is not None:
-                    progress(len(layers), config.num_layers)
-            embedding, head = largest.result()
-        trim_heap()
+        layers, (embedding, head) = load_side_by_side(
+            self._layer, self._embedding_and_head, config.num_layers, progress
+        )
         final_norm = self._source.vector("model.norm.weight", config.hidden_size)
         self._source.refuse_unused()
         cos, sin = rope_tables(config.rope, self._engine.context_limit(config))
-        return Model(config, embedding, tuple(layers), final_norm, head, cos, sin)
+        return Model(config, embedding, layers, final_norm, head, cos, sin)
 
     def _layer(self, index: int) -> Layer:
         config, at = self._config, f"model.layers.{index}"

@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import re
 from collections.abc import Callable, Iterator
-from typing import Final
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.models.transformer import Progress
 from engine.weights.checkpoint import Checkpoint
 from kernels.int8 import GroupWeights
 from kernels.memory import ALIGNMENT
@@ -25,7 +27,7 @@ MAX_LOADERS: Final = 8
 
 
 @contextlib.contextmanager
-def one_thread_each() -> Iterator[int]:
+def _one_thread_each() -> Iterator[int]:
     """How many threads may load at once; inside, each packs alone.
 
     Layers side by side beat threads within each: most tensors are small, and waiting OpenMP threads spin.
@@ -38,7 +40,7 @@ def one_thread_each() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def trim_heap() -> None:
+def _trim_heap() -> None:
     """Give back what the loading threads' heaps keep (130 of 670 MB for SmolLM2-135M); glibc only."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -51,6 +53,26 @@ def most_bytes(config: ModelConfig, panels: Callable[[int, int], int]) -> int:
     shapes = [(query + 2 * key, width), (width, query), (2 * inner, width), (width, inner)]
     layer = sum(panels(n, k) + ALIGNMENT for n, k in shapes)
     return config.num_layers * layer + panels(config.vocab_size, width) + ALIGNMENT
+
+
+L = TypeVar("L")
+R = TypeVar("R")
+
+
+def load_side_by_side(
+    layer: Callable[[int], L], rest: Callable[[], R], num_layers: int, progress: Progress | None
+) -> tuple[tuple[L, ...], R]:
+    """`layer(0)`, `layer(1)`, ... and what `rest`, the largest part, gives: as many at once as there are threads."""
+    layers: list[L] = []
+    with _one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
+        largest = pool.submit(rest)
+        for one in pool.map(layer, range(num_layers)):
+            layers.append(one)
+            if progress is not None:
+                progress(len(layers), num_layers)
+        others = largest.result()
+    _trim_heap()
+    return tuple(layers), others
 
 
 class TensorSource:
