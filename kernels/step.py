@@ -2,8 +2,8 @@
 
 What surrounds the products (norms, rotation, cache writes, attention, silu, quantising) runs in the same parallel
 region, so that no Python and no thread start stands between them: at batch 1 that is most of a step. Every operation is
-the one of its own file (norm.h, rope.h, attention.h, int8.h), so `reference` of this module, which calls the public
-operations one by one, gives the same bits.
+the one of its own file (norm.h, rope.h, attention_bf16.h, int8.h), so calling the public operations one by one gives
+the same bits: the parity test does that.
 """
 
 from __future__ import annotations

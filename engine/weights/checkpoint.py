@@ -59,7 +59,7 @@ class Checkpoint(Protocol):
         """
 
     def codes(self, name: str) -> GroupWeights | None:
-        """The matrix as codes in groups, without loss; None when its type has none that `kernels.int8` takes."""
+        """The matrix as the codes that the file holds; None when its type has none that `kernels.int8` takes."""
 
     def release(self, name: str) -> None:
         """Give back the memory of the tensor's source pages; it may still be read again."""

@@ -1,4 +1,6 @@
-"""GGUF tensors that `kernels.int8` can take as they are: their codes, scales and minima, without loss.
+"""GGUF tensors that `kernels.int8` can take as they are: codes, scales and minima.
+
+Packing keeps codes and scales exactly. It rounds minima, counted from the middle of the codes' range, to bfloat16.
 
 Block formats: https://github.com/ggml-org/ggml (ggml-common.h): Q4_0 is d * (q - 8), Q4_1 is d * q + m, Q8_0 is d * q.
 """

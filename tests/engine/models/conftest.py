@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from engine.models.loader import load_model
 from engine.models.meta import ForwardMeta
 from engine.models.transformer import Model
 from engine.weights import open_checkpoint
+from kernels import dispatch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `row_promise`; tests are no package
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -131,6 +135,13 @@ def save_tiny(tmp_path: Path) -> Callable[..., tuple[Path, Any]]:
         return folder, model
 
     return save
+
+
+@pytest.fixture
+def cpp_kernels() -> Iterator[None]:
+    """The row promise is the C++ kernels'; without a compiler this fails rather than tests nothing."""
+    with dispatch.forced("cpp"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from row_promise import random_prompts, same_bits
 
 from engine.config import EngineConfig
 from engine.loading import load_engine, resolve
@@ -18,22 +18,6 @@ from tandem.errors import ConfigError, ModelFormatError
 
 pytestmark = pytest.mark.usefixtures("cpp_kernels")
 SHAPE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "num_attention_heads": 4}
-
-
-@pytest.fixture
-def cpp_kernels() -> Any:
-    """Int8 steps are C++ only; without a compiler this fails rather than tests nothing."""
-    with dispatch.forced("cpp") as chosen:
-        yield chosen
-
-
-def _prompts(count: int, length: int, vocabulary: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, vocabulary, (count, length), generator=generator).tolist()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +35,7 @@ def test_is_near_the_float_model(
     kind: str, extra: dict[str, Any], kv_dtype: str, save_tiny: Callable[..., Any], make_driver: Callable[..., Any]
 ) -> None:
     folder, _ = save_tiny(kind, **{**SHAPE, **extra})
-    prompts = _prompts(3, 40, 211)
+    prompts = random_prompts(3, 40, 211)
     exact = make_driver(folder, sequences=3, length=40).run(prompts, chunk=16)
     driver = make_driver(folder, sequences=3, length=40, compute="int8", kv_dtype=kv_dtype)
     for ours, theirs in zip(driver.run(prompts, chunk=16), exact, strict=True):
@@ -63,26 +47,26 @@ def test_rows_in_a_batch_and_in_chunks(
     kv_dtype: str, save_tiny: Callable[..., Any], make_driver: Callable[..., Any]
 ) -> None:
     folder, _ = save_tiny("qwen3", **SHAPE)
-    prompts = [prompt[: 20 + n % 7] for n, prompt in enumerate(_prompts(64, 30, 211))]
+    prompts = [prompt[: 20 + n % 7] for n, prompt in enumerate(random_prompts(64, 30, 211))]
     driver = make_driver(folder, sequences=64, length=32, compute="int8", kv_dtype=kv_dtype)
     alone = [driver.run([prompt], chunk=64)[0] for prompt in prompts]
     for rows in (1, 2, 3, 7, 9, 16, 33, 64):
         for batched, single in zip(driver.run(prompts[:rows], chunk=1), alone[:rows], strict=True):
-            assert _same(batched, single), rows
+            assert same_bits(batched, single), rows
     for chunk, block_size in ((7, 4), (16, 32)):
         other = make_driver(folder, sequences=2, length=32, block_size=block_size, compute="int8", kv_dtype=kv_dtype)
-        assert _same(other.run(prompts[:2], chunk)[1], alone[1])
+        assert same_bits(other.run(prompts[:2], chunk)[1], alone[1])
 
 
 def test_default_model(default_model_path: Any, default_driver: Any, make_driver: Callable[..., Any]) -> None:
-    prompts = _prompts(4, 80, 49152)
+    prompts = random_prompts(4, 80, 49152)
     driver = make_driver(default_model_path, sequences=4, length=96, compute="int8", kv_dtype="bfloat16")
     together = driver.run(prompts, chunk=16)
     exact = torch.cat(default_driver.run(prompts, chunk=512))
     assert float((torch.cat(together) - exact).norm() / exact.norm()) < 0.05
     for count in (1, 2):
         torch.set_num_threads(count)
-        assert _same(driver.run(prompts[2:3], chunk=7)[0], together[2])
+        assert same_bits(driver.run(prompts[2:3], chunk=7)[0], together[2])
     assert driver.model.nbytes < 1.1 * default_model_path.stat().st_size
 
 

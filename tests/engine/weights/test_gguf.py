@@ -59,7 +59,7 @@ def test_every_type(kind: str, write_gguf: WriteGguf) -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_codes_are_the_tensor_without_loss(kind: str, write_gguf: WriteGguf) -> None:
+def test_codes_are_the_tensor(kind: str, write_gguf: WriteGguf) -> None:
     """What int8 products take as it is, in exact numbers: only the rounding of a product and a sum differs."""
     checkpoint = open_checkpoint(write_gguf(kind))
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
