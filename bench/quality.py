@@ -68,7 +68,7 @@ def logits_of(engine: Engine, window: Sequence[int]) -> Iterator[Tensor]:
         part = Slice("quality", window[start : start + CHUNK], start, blocks)
         ids, meta = build_meta([part], engine.engine_config.block_size)
         with torch.inference_mode():
-            yield engine.runner.model.step(ids, meta, engine.kv_cache, torch.arange(len(ids)))
+            yield engine.runner.model.step(ids, meta, engine.kv_cache, torch.arange(len(ids))).logits
 
 
 def score(engine: Engine, windows: Sequence[Sequence[int]]) -> tuple[float, Tensor]:

@@ -35,6 +35,13 @@ class SampleSpec:
     logprobs: int | None = None
     """Alternatives to report; 0: the drawn token's own log probability only; None: nothing."""
 
+    @property
+    def takes_largest(self) -> bool:
+        """True when the token is that of the largest logit and nothing else is wanted."""
+        params = self.params
+        edited = params.has_penalties or bool(params.logit_bias) or bool(self.suppress)
+        return params.greedy and not edited and self.logprobs is None
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:

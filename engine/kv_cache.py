@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
+from kernels.kv_order import PLAIN, best_order
 from kernels.memory import advise_huge
 from tandem.errors import ConfigError
 
@@ -27,7 +28,10 @@ def kv_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> tuple[in
 
 
 class KVCache:
-    """Tensor [num_blocks, layers, 2, kv_heads, block_size, head_dim] of `kv_dtype`; a block's bytes are contiguous."""
+    """Tensor [num_blocks, layers, 2, kv_heads, block_size, head_dim] of `kv_dtype`; a block's bytes are contiguous.
+
+    `order` is that of a block's keys and values (`kernels.kv_order`); the shape is the same with either.
+    """
 
     def __init__(
         self, model_config: ModelConfig, engine_config: EngineConfig, buffer: memoryview | None = None
@@ -36,6 +40,9 @@ class KVCache:
 
         Raises ConfigError when the size differs or the memory can't be had.
         """
+        dtype = TORCH_DTYPES[engine_config.kv_dtype]
+        fused = engine_config.compute == "int8"  # only the fused step reads paired blocks
+        self.order = best_order(dtype, engine_config.block_size, model_config.head_dim) if fused else PLAIN
         self.block_bytes, total = kv_bytes(model_config, engine_config)
         self._memory = _reserve(total) if buffer is None else buffer
         if self._memory.nbytes != total:
@@ -48,7 +55,7 @@ class KVCache:
             engine_config.block_size,
             model_config.head_dim,
         )
-        flat = torch.frombuffer(self._memory, dtype=TORCH_DTYPES[engine_config.kv_dtype])
+        flat = torch.frombuffer(self._memory, dtype=dtype)
         self.tensor = flat.view(shape)
         self._layers = tuple(self.tensor[:, index] for index in range(model_config.num_layers))
 

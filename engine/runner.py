@@ -14,7 +14,7 @@ from engine.kv_cache import KVCache
 from engine.models.fused import FusedModel
 from engine.models.meta import ForwardMeta
 from engine.models.transformer import Model
-from engine.sampler import sample
+from engine.sampler import greedy_rows, sample
 from kernels.blocks import copy_blocks
 from tandem.errors import InternalError
 from tandem.record import SamplingParams
@@ -39,8 +39,9 @@ class Runner:
             return StepOutput([])
         with torch.inference_mode():
             token_ids, meta = build_meta(batch.slices, self._block_size)
-            logits = self.model.step(token_ids, meta, self._kv, last_rows(batch.slices, meta))
-        return sample(batch, logits)
+            rows = last_rows(batch.slices, meta)
+            predictions = self.model.step(token_ids, meta, self._kv, rows, greedy_rows(batch))
+        return sample(batch, predictions)
 
     def _bind_thread(self) -> None:
         """OpenMP counts threads per calling thread: what the loading thread set doesn't hold on the engine's."""

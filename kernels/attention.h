@@ -24,6 +24,7 @@ struct AttentionCall {
     const int32_t *tables, *query_starts, *context_lens;
     int64_t heads, kv_heads, dim, num_blocks, block_size, block_stride, table_stride, window;
     float scale;
+    bool paired;  // the cache's order, as in kernels/kv_order.py; only attention_bf16.h reads that one
 };
 
 struct AttentionTask {
@@ -32,14 +33,18 @@ struct AttentionTask {
     int64_t kv_heads;      // heads [kv_head, kv_head + kv_heads): more than one only with one query, where `attend` takes that
 };
 
-struct AttentionScratch {
-    alignas(64) float keys[MAX_DIM * POSITIONS];
-    alignas(64) float values[POSITIONS * MAX_DIM];
-    alignas(64) float q[GROUP_ROWS * MAX_DIM];
+// Where a task's rows stand.
+struct AttentionRows {
     alignas(64) float scores[GROUP_ROWS * POSITIONS];
     alignas(64) float out[GROUP_ROWS * MAX_DIM];
     float highest[GROUP_ROWS], total[GROUP_ROWS];
     int64_t begin[GROUP_ROWS], end[GROUP_ROWS];  // positions of the current tile that the row sees, relative to the tile
+};
+
+struct AttentionScratch : AttentionRows {
+    alignas(64) float keys[MAX_DIM * POSITIONS];
+    alignas(64) float values[POSITIONS * MAX_DIM];
+    alignas(64) float q[GROUP_ROWS * MAX_DIM];
 };
 
 inline vf load_cached(const float* p, int64_t left) { return left >= VW ? load(p) : load_part(p, (int)left); }
@@ -172,7 +177,7 @@ struct Span {
 };
 
 // Set each row's visible part of the tile at `start`; rows [first, last) see something.
-inline void visible_rows(const AttentionCall& call, const AttentionTask& task, const Span& span, int64_t start, AttentionScratch& s, int64_t& first, int64_t& last) {
+inline void visible_rows(const AttentionCall& call, const AttentionTask& task, const Span& span, int64_t start, AttentionRows& s, int64_t& first, int64_t& last) {
     first = last = 0;
     for (int64_t i = 0; i < task.count; ++i) {
         const int64_t position = span.first_query + i, oldest = call.window > 0 ? position - call.window + 1 : 0;

@@ -14,6 +14,7 @@ import functools
 import torch
 
 from kernels import build, check, dispatch
+from kernels.kv_order import PAIRED, PLAIN, best_order
 from tandem.errors import InternalError
 
 MAX_HEAD_DIM = 256
@@ -25,7 +26,7 @@ def _library() -> ctypes.CDLL:
     lib = build.load_library("attention.cpp")
     assert lib is not None, "the cpp implementation is selected only when its libraries load"
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.tandem_paged_attention.argtypes = [pointer] * 6 + [i64] * 10 + [ctypes.c_float, i32, i32, i32]
+    lib.tandem_paged_attention.argtypes = [pointer] * 6 + [i64] * 10 + [ctypes.c_float, i32, i32, i32, i32]
     lib.tandem_paged_attention.restype = i64
     return lib
 
@@ -41,6 +42,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
     *,
     rounded: bool = False,
+    order: str = PLAIN,
 ) -> torch.Tensor:
     """Return attention [T, Hq, D] float32 for the queries of S sequences, whose keys and values are in the cache
     already.
@@ -50,10 +52,14 @@ def paged_attention(
     is allowed). context_lens [S] int32: KV length after this step. Row i of sequence s sits at position context_len -
     query_len + i and sees positions up to its own, of these the last `sliding_window` when given. D a multiple of 8, at
     most 256; Hq a multiple of Hkv. `out` must not overlap q. `rounded` allows queries and softmax weights to be rounded
-    to bfloat16, which is faster with a bfloat16 cache where the CPU multiplies that (attention_bf16.h).
+    to bfloat16, which is faster with a bfloat16 cache where the CPU multiplies that (attention_bf16.h). `order` is the
+    cache's (`kernels.kv_order`); paired goes with `rounded` only.
 
-    Raises InternalError for wrong shapes or dtypes, impossible lengths, or a needed block that is outside the cache.
+    Raises InternalError for wrong shapes, dtypes or orders, impossible lengths, or a needed block that is outside the
+    cache.
     """
+    if order == PAIRED and not (rounded and best_order(kv_layer.dtype, kv_layer.shape[-2], q.shape[-1]) == PAIRED):
+        raise InternalError("a cache in paired order needs rounded attention, and a machine and a shape that have that")
     block_stride, block_size = _check_shapes(q, kv_layer, block_tables, query_starts, context_lens, sliding_window)
     if out is None:
         out = torch.empty_like(q)
@@ -69,7 +75,7 @@ def paged_attention(
     sizes = (sequences, tokens, heads, kv_layer.shape[2], dim, kv_layer.shape[0], block_size, block_stride, max_blocks)
     bf16 = kv_layer.dtype is torch.bfloat16
     bad = _library().tandem_paged_attention(
-        *pointers, *sizes, sliding_window or 0, scale, bf16, rounded, torch.get_num_threads()
+        *pointers, *sizes, sliding_window or 0, scale, bf16, rounded, order == PAIRED, torch.get_num_threads()
     )
     if bad >= 0:
         raise _impossible(bad)

@@ -106,16 +106,16 @@ void tandem_int8_quantise_weight(const float* weight, uint8_t* codes, float* sca
 }
 
 // out[m][n] = x[m][k] . matrix + bias. `work` holds the quantised rows, tandem_int8_work_bytes(m, k) of them; twice that when `fine`.
-int64_t tandem_int8_work_bytes(int64_t m, int64_t k) { return m * (padded(k) + padded(k) / GROUP * 12) + 256; }
+int64_t tandem_int8_work_bytes(int64_t m, int64_t k) { return int8_tiles(m) * INT8_ROWS * (padded(k) + padded(k) / GROUP * 12) + 256; }
 
 void tandem_int8_linear(const float* x, const Matrix* matrix, float* out, void* work, int64_t m, int32_t fine, int32_t threads) {
-    const int64_t width = padded(matrix->k), groups = width / GROUP;
+    const int64_t width = padded(matrix->k), groups = width / GROUP, tiles = int8_tiles(m), whole = tiles * INT8_ROWS;
     const auto rows_at = [&](int64_t half) {
         char* at = (char*)work + half * tandem_int8_work_bytes(m, matrix->k);
         float* scales = (float*)at;
-        int32_t* minus8 = (int32_t*)(scales + m * groups);
-        uint16_t* sums = (uint16_t*)(minus8 + m * groups);
-        return Rows{(int8_t*)(sums + 2 * m * groups), scales, minus8, sums, width};
+        int32_t* minus8 = (int32_t*)(scales + whole * groups);
+        uint16_t* sums = (uint16_t*)(minus8 + whole * groups);
+        return Rows{(int8_t*)(sums + 2 * whole * groups), scales, minus8, sums, width};
     };
     const Rows rows = rows_at(0), rest = fine ? rows_at(1) : rows;
     for (int64_t r = 0; r < m; ++r) {
@@ -128,12 +128,12 @@ void tandem_int8_linear(const float* x, const Matrix* matrix, float* out, void* 
             quantise_rest(part, rows, rest, r, g);
         }
     }
-    const int64_t panels = (matrix->n + COLUMNS - 1) / COLUMNS, tiles = int8_tiles(m);
+    const int64_t panels = (matrix->n + COLUMNS - 1) / COLUMNS;
     parallel_static(threads, panels, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p)
             for (int64_t i = 0; i < tiles; ++i) {
                 alignas(64) float c[INT8_ROWS * COLUMNS];
-                const int64_t row = m * i / tiles, count = m * (i + 1) / tiles - row;
+                const int64_t row = i * INT8_ROWS, count = m - row < INT8_ROWS ? m - row : INT8_ROWS;
                 int8_panel(*matrix, p, rows, row, count, true, c);
                 if (fine) int8_panel(*matrix, p, rest, row, count, false, c);
                 for (int64_t r = 0; r < count; ++r)

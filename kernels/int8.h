@@ -27,13 +27,26 @@ struct Matrix {
     int64_t bits;
 };
 
-// Quantised rows; `width` is padded(k). The padding's codes, scales and sums are 0.
+// Quantised rows; `width` is padded(k). The padding's codes, scales and sums are 0. What goes with groups lies by tiles of rows, so that
+// threads which write other groups, or other tiles, rarely write to one cache line.
 struct Rows {
     int8_t* codes;    // [rows][width]
-    float* scales;    // [rows][width / 32]
-    int32_t* minus8;  // [rows][width / 32]: -8 * sum of the group's codes; -128 * sum is 16 times that
-    uint16_t* sums;   // [rows][width / 32] bf16: scale * sum, what minima are multiplied with
+    float* scales;    // [tiles][width / 32][INT8_ROWS]
+    int32_t* minus8;  // likewise: -8 * sum of the group's codes; -128 * sum is 16 times that
+    uint16_t* sums;   // [tiles][width / 64][INT8_ROWS][2] bf16: scale * sum, what minima are multiplied with
     int64_t width;
+
+    int64_t at(int64_t row, int64_t group) const { return (row / INT8_ROWS * (width / GROUP) + group) * INT8_ROWS + row % INT8_ROWS; }
+    int64_t sum_at(int64_t row, int64_t group) const { return 2 * (row / INT8_ROWS * (width / PAIR) + group / 2) * INT8_ROWS + row % INT8_ROWS * 2 + group % 2; }
+};
+
+// A tile holds rows [i * INT8_ROWS, ...) and so on; the last may be smaller.
+static inline int64_t int8_tiles(int64_t rows) { return (rows + INT8_ROWS - 1) / INT8_ROWS; }
+
+// What a tile asks for while it works: `lines` cache lines a group, from `at` on.
+struct Ahead {
+    const uint8_t* at;
+    int64_t lines;
 };
 
 static inline float half_to_float(uint16_t bits) {
@@ -55,7 +68,7 @@ static inline float half_to_float(uint16_t bits) {
 // Quantise one group of 32 values. A group with a NaN or an infinity gets a scale that is one too, so that the row's results tell.
 static inline void quantise_group(const float* x, const Rows& to, int64_t row, int64_t group) {
     int8_t* codes = to.codes + row * to.width + group * GROUP;
-    const int64_t at = row * (to.width / GROUP) + group;
+    const int64_t at = to.at(row, group);
     int32_t most = 0, sum = 0;
 #if defined(__AVX512F__) && defined(__AVX512BW__)
     const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
@@ -92,7 +105,7 @@ static inline void quantise_group(const float* x, const Rows& to, int64_t row, i
     if (!(largest <= 3.4028234e38f)) sum = 0;  // the codes are noise; the scale says so
     to.scales[at] = scale;
     to.minus8[at] = -8 * sum;
-    to.sums[at] = float_to_bf16(scale * (float)sum);
+    to.sums[to.sum_at(row, group)] = float_to_bf16(scale * (float)sum);
 }
 
 // One row of `k` values; the padding is written too.
@@ -111,7 +124,7 @@ static inline void quantise_row(const float* x, int64_t k, const Rows& to, int64
 
 // What quantising left over of one group, quantised in turn: both together are worth 15 bits.
 static inline void quantise_rest(const float* x, const Rows& done, const Rows& to, int64_t row, int64_t group) {
-    const float scale = done.scales[row * (done.width / GROUP) + group];
+    const float scale = done.scales[done.at(row, group)];
     const int8_t* codes = done.codes + row * done.width + group * GROUP;
     alignas(64) float rest[GROUP];
     for (int i = 0; i < GROUP; ++i) rest[i] = x[i] - scale * (float)codes[i];
@@ -123,21 +136,23 @@ static inline void quantise_rest(const float* x, const Rows& done, const Rows& t
 // Four bytes from memory to every lane: straight from the load port, not through a general register.
 static inline __m512i four_codes(const void* at) { return _mm512_broadcastd_epi32(_mm_loadu_si32(at)); }
 
-// c[ROWS][32] (+)= rows [row, row + ROWS) . panel; `first`: from 0, else from c.
+// c[ROWS][32] (+)= rows [row, row + ROWS) of a tile . panel; `first`: from 0, else from c. `row` is the tile's first.
 template <int BITS, int ROWS>
-inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool first, float* c) {
+inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool first, Ahead ahead, float* c) {
     const int64_t groups = x.width / GROUP;
     const int8_t* codes = x.codes + row * x.width;
-    const float* scales = x.scales + row * groups;
-    const int32_t* minus8 = x.minus8 + row * groups;
-    const uint16_t* sums = x.sums + row * groups;
+    const float* scales = x.scales + x.at(row, 0);
+    const int32_t* minus8 = x.minus8 + x.at(row, 0);
+    const uint16_t* sums = x.sums + x.sum_at(row, 0);
     const __m512i low = _mm512_set1_epi8(15);
     for (int i = 0; first && i < ROWS * COLUMNS; i += 16) _mm512_store_ps(c + i, _mm512_setzero_ps());
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < groups; ++g, scales += INT8_ROWS, minus8 += INT8_ROWS) {
+        // Into the second level of cache: more requests can be under way there.
+        for (int64_t i = 0; i < ahead.lines; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
         __m512i sum0[ROWS], sum1[ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const __m512i start = _mm512_set1_epi32(minus8[r * groups + g]);
+            const __m512i start = _mm512_set1_epi32(minus8[r]);
             sum0[r] = sum1[r] = BITS == 4 ? start : _mm512_slli_epi32(start, 4);
         }
         const int8_t* at = codes + g * GROUP;
@@ -179,11 +194,11 @@ inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool fir
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             float* to = c + r * COLUMNS;
-            const __m512 scale = _mm512_set1_ps(scales[r * groups + g]);
+            const __m512 scale = _mm512_set1_ps(scales[r]);
             __m512 c0 = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum0[r]), scale), d0, _mm512_load_ps(to));
             __m512 c1 = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum1[r]), scale), d1, _mm512_load_ps(to + 16));
             if (with_minima) {
-                const __m512i pair = four_codes(sums + r * groups + g - 1);
+                const __m512i pair = four_codes(sums + 2 * r);
 #if defined(__AVX512BF16__)
                 c0 = _mm512_dpbf16_ps(c0, (__m512bh)m0, (__m512bh)pair);
                 c1 = _mm512_dpbf16_ps(c1, (__m512bh)m1, (__m512bh)pair);
@@ -199,6 +214,7 @@ inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool fir
             _mm512_store_ps(to, c0);
             _mm512_store_ps(to + 16, c1);
         }
+        sums += (g & 1) * 2 * INT8_ROWS;
     }
 }
 
@@ -206,7 +222,7 @@ inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool fir
 
 // The same for machines without AVX-512 VNNI: plain loops that the compiler vectorises over columns.
 template <int BITS, int ROWS>
-inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool first, float* c) {
+inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool first, Ahead, float* c) {
     const int64_t groups = x.width / GROUP;
     for (int i = 0; first && i < ROWS * COLUMNS; ++i) c[i] = 0.0f;
     alignas(64) int16_t weights[GROUP * COLUMNS];  // [k][column]
@@ -228,7 +244,7 @@ inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool fir
         panel += 2 * COLUMNS;
         const bool with_minima = BITS == 4 && (g & 1);
         for (int r = 0; r < ROWS; ++r) {
-            const int64_t at = (row + r) * groups + g;
+            const int64_t at = x.at(row + r, g);
             const int8_t* codes = x.codes + (row + r) * x.width + g * GROUP;
             alignas(64) int32_t sum[COLUMNS];
             for (int j = 0; j < COLUMNS; ++j) sum[j] = BITS == 4 ? x.minus8[at] : x.minus8[at] * 16;
@@ -237,7 +253,7 @@ inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool fir
             float* to = c + r * COLUMNS;
             for (int j = 0; j < COLUMNS; ++j) to[j] = to[j] + (float)sum[j] * x.scales[at] * d[j];
             if (!with_minima) continue;
-            const float even = bf16_to_float(x.sums[at - 1]), odd = bf16_to_float(x.sums[at]);
+            const float even = bf16_to_float(x.sums[x.sum_at(row + r, g - 1)]), odd = bf16_to_float(x.sums[x.sum_at(row + r, g)]);
             for (int j = 0; j < COLUMNS; ++j) {
                 uint16_t m[2];
                 std::memcpy(m, panel + 4 * j, 4);
@@ -251,30 +267,35 @@ inline void int8_tile(const uint8_t* panel, const Rows& x, int64_t row, bool fir
 #endif
 
 template <int BITS>
-inline void int8_tile_rows(int64_t rows, const uint8_t* panel, const Rows& x, int64_t row, bool first, float* c) {
+inline void int8_tile_rows(int64_t rows, const uint8_t* panel, const Rows& x, int64_t row, bool first, Ahead ahead, float* c) {
     switch (rows) {
-        case 1: return int8_tile<BITS, 1>(panel, x, row, first, c);
-        case 2: return int8_tile<BITS, 2>(panel, x, row, first, c);
-        case 3: return int8_tile<BITS, 3>(panel, x, row, first, c);
-        case 4: return int8_tile<BITS, 4>(panel, x, row, first, c);
-        case 5: return int8_tile<BITS, 5>(panel, x, row, first, c);
-        case 6: return int8_tile<BITS, 6>(panel, x, row, first, c);
-        case 7: return int8_tile<BITS, 7>(panel, x, row, first, c);
-        default: return int8_tile<BITS, 8>(panel, x, row, first, c);
+        case 1: return int8_tile<BITS, 1>(panel, x, row, first, ahead, c);
+        case 2: return int8_tile<BITS, 2>(panel, x, row, first, ahead, c);
+        case 3: return int8_tile<BITS, 3>(panel, x, row, first, ahead, c);
+        case 4: return int8_tile<BITS, 4>(panel, x, row, first, ahead, c);
+        case 5: return int8_tile<BITS, 5>(panel, x, row, first, ahead, c);
+        case 6: return int8_tile<BITS, 6>(panel, x, row, first, ahead, c);
+        case 7: return int8_tile<BITS, 7>(panel, x, row, first, ahead, c);
+        default: return int8_tile<BITS, 8>(panel, x, row, first, ahead, c);
     }
 }
 
-// c[rows][32] (+)= for 1 <= rows <= INT8_ROWS: rows [row, row + rows) of x times panel number `panel`.
-static inline void int8_panel(const Matrix& w, int64_t panel, const Rows& x, int64_t row, int64_t rows, bool first, float* c) {
+// c[rows][32] (+)= for 1 <= rows <= INT8_ROWS: rows [row, row + rows) of x, a tile, times panel number `panel`.
+static inline void int8_panel(const Matrix& w, int64_t panel, const Rows& x, int64_t row, int64_t rows, bool first, float* c,
+                              Ahead ahead = {nullptr, 0}) {
     const uint8_t* data = w.panels + panel * (x.width / PAIR) * pair_bytes((int)w.bits);
     if (w.bits == 4)
-        int8_tile_rows<4>(rows, data, x, row, first, c);
+        int8_tile_rows<4>(rows, data, x, row, first, ahead, c);
     else
-        int8_tile_rows<8>(rows, data, x, row, first, c);
+        int8_tile_rows<8>(rows, data, x, row, first, ahead, c);
 }
 
-// The rows of tile i of `tiles`: spread evenly.
-static inline int64_t int8_tiles(int64_t rows) { return (rows + INT8_ROWS - 1) / INT8_ROWS; }
+// Tile i's share of asking for the panel behind `panel`, for `tiles` tiles of `rows` rows each. Few rows take a panel as fast as it comes.
+static inline Ahead next_panel(const Matrix& w, int64_t panel, int64_t width, int64_t i, int64_t tiles, int64_t rows) {
+    if (rows < 4 || (panel + 1) * COLUMNS >= w.n) return Ahead{nullptr, 0};
+    const int64_t bytes = pair_bytes((int)w.bits), lines = (bytes / 2 / 64 + tiles - 1) / tiles;
+    return Ahead{w.panels + (panel + 1) * (width / PAIR) * bytes + i * lines * 64 * (width / GROUP), lines};
+}
 
 // One weight row (an output column), dequantised: for a tied LM head read as the embedding table.
 static inline void int8_column(const Matrix& w, int64_t column, float* out) {

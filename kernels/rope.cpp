@@ -24,9 +24,9 @@ int64_t tandem_rope_and_store(const float* qkv, const int64_t* positions, const 
     parallel_static(elements < PARALLEL_ELEMENTS ? 1 : threads, tokens, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             if (is_bf16)
-                rope_token(job, (uint16_t*)cache, block_stride, block_size, t);
+                rope_token(job, (uint16_t*)cache, block_stride, block_size, false, t);
             else
-                rope_token(job, (float*)cache, block_stride, block_size, t);
+                rope_token(job, (float*)cache, block_stride, block_size, false, t);
         }
     });
     return -1;

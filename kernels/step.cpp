@@ -52,7 +52,7 @@ Rows take_rows(char*& at, int64_t rows, int64_t width) {
         at += (bytes + 63) / 64 * 64;
         return start;
     };
-    const int64_t groups = rows * (width / GROUP);
+    const int64_t groups = int8_tiles(rows) * INT8_ROWS * (width / GROUP);
     Rows out;
     out.codes = (int8_t*)take(rows * width);
     out.scales = (float*)take(groups * 4);
@@ -89,22 +89,61 @@ struct Workspace {
     }
 };
 
+// The largest of the columns that a thread saw of a row, by lanes: column 16 * i + lane.
+struct Largest {
+    float value[16];
+    int32_t column[16], odd[16];  // odd: not 0 once a NaN was seen
+
+    void clear() {
+        for (int l = 0; l < 16; ++l) value[l] = -INFINITY, column[l] = 0, odd[l] = 0;
+    }
+    // Columns come in rising order, so that the first of equals stays.
+    void add(const float* x, int64_t first, int64_t count) {
+        for (int l = 0; l < count; ++l) {
+            const bool more = x[l] > value[l];
+            odd[l] |= x[l] != x[l];
+            value[l] = more ? x[l] : value[l];
+            column[l] = more ? (int32_t)first + l : column[l];
+        }
+    }
+    void merge(const Largest& other) {
+        for (int l = 0; l < 16; ++l) {
+            odd[l] |= other.odd[l];
+            if (other.value[l] < value[l] || (other.value[l] == value[l] && other.column[l] > column[l])) continue;
+            value[l] = other.value[l], column[l] = other.column[l];
+        }
+    }
+    // The first column of the largest value; -1 when there is a NaN or an infinity, or nothing above one.
+    int64_t pick() const {
+        float top = -INFINITY;
+        int64_t first = -1;
+        for (int l = 0; l < 16; ++l) {
+            if (odd[l]) return -1;
+            if (value[l] > top || (value[l] == top && column[l] < first)) top = value[l], first = column[l];
+        }
+        return top < INFINITY && top > -INFINITY ? first : -1;
+    }
+};
+
 struct Run {
     const ModelArgs& m;
     const StepArgs& s;
     Workspace w;
     std::vector<AttentionTask> tasks;
     std::vector<std::atomic<int64_t>> next;  // a counter a phase
+    std::vector<Largest> largest;            // [threads][num_rows], when some rows are greedy
     Barrier barrier;
 
     Run(const ModelArgs& model, const StepArgs& step)
-        : m(model), s(step), w(model, step.tokens, step.num_rows, (char*)step.workspace), next((size_t)(8 * model.num_layers + 3)) {}
+        : m(model), s(step), w(model, step.tokens, step.num_rows, (char*)step.workspace), next((size_t)(8 * model.num_layers + 3)) {
+        if (step.greedy) largest.resize((size_t)(step.threads * step.num_rows));
+    }
 };
 
 // One thread's way through the step: the phases it has left behind.
 struct Walker {
     Run& run;
-    int threads;
+    int threads, me;
     int64_t phase = 0;
 
     // body(task) for the tasks of this phase that nobody has taken, `chunk` at a time; then all meet.
@@ -146,18 +185,21 @@ template <class Finish>
 void product(Walker& walker, const Matrix& matrix, const Rows& x, const Rows* more, int64_t rows, int64_t panels_a_task, const Finish& finish) {
     const int64_t panels = (matrix.n + COLUMNS - 1) / COLUMNS, column_tasks = (panels + panels_a_task - 1) / panels_a_task;
     // Few columns for many threads: rows are split too. Each block of rows reads the weights anew.
+    const int64_t tiles = int8_tiles(rows);
     int64_t blocks = 1;
-    while (column_tasks * blocks < walker.threads * 4 && rows / (blocks + 1) >= 4 * INT8_ROWS) ++blocks;
-    // Quantised columns of a row share cache lines: there each thread keeps to one run of columns.
-    const int64_t chunk = panels_a_task > 1 ? (column_tasks + walker.threads - 1) / walker.threads : chunk_of(column_tasks, walker.threads);
+    while (column_tasks * blocks < walker.threads * 4 && tiles / (blocks + 1) >= 4) ++blocks;
+    // Quantised columns of a row share cache lines: there each thread keeps to one run of columns. Else runs are short, for balance, but
+    // not so short that most panels which were asked for ahead are another thread's.
+    const int64_t run = chunk_of(column_tasks, walker.threads), least = column_tasks / walker.threads >= 6 ? 3 : 1;
+    const int64_t chunk = panels_a_task > 1 ? (column_tasks + walker.threads - 1) / walker.threads : run < least ? least : run;
     walker.each(column_tasks * blocks, blocks == 1 ? chunk : 1, [&](int64_t task) {
-        const int64_t block = task % blocks, begin = rows * block / blocks, count = rows * (block + 1) / blocks - begin;
-        const int64_t tiles = int8_tiles(count), first_panel = task / blocks * panels_a_task;
-        for (int64_t i = 0; i < tiles; ++i) {
-            const int64_t row = begin + count * i / tiles, tile_rows = begin + count * (i + 1) / tiles - row;
+        const int64_t block = task % blocks, begin = tiles * block / blocks, end = tiles * (block + 1) / blocks;
+        const int64_t first_panel = task / blocks * panels_a_task;
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = i * INT8_ROWS, tile_rows = rows - row < INT8_ROWS ? rows - row : INT8_ROWS;
             for (int64_t p = first_panel; p < first_panel + panels_a_task && p < panels; ++p) {
                 alignas(64) float c[INT8_ROWS * COLUMNS];
-                int8_panel(matrix, p, x, row, tile_rows, true, c);
+                int8_panel(matrix, p, x, row, tile_rows, true, c, next_panel(matrix, p, x.width, i - begin, end - begin, rows));
                 if (more) int8_panel(matrix, p, *more, row, tile_rows, false, c);
                 finish(row, tile_rows, p, c);
             }
@@ -171,18 +213,37 @@ struct Store {
     const Matrix& matrix;
     float* out;
     void operator()(int64_t row, int64_t rows, int64_t panel, const float* c) const {
+        for (int64_t r = 0; r < rows; ++r) one(row + r, panel, c + r * COLUMNS);
+    }
+    void one(int64_t row, int64_t panel, const float* from) const {
         const int64_t column = panel * COLUMNS, columns = matrix.n - column < COLUMNS ? matrix.n - column : COLUMNS;
-        for (int64_t r = 0; r < rows; ++r) {
-            float* to = out + (row + r) * matrix.n + column;
-            const float* from = c + r * COLUMNS;
-            if (columns == COLUMNS && !matrix.bias) {
-                for (int64_t j = 0; j < COLUMNS; j += VW) store(to + j, ADD ? load(to + j) + load(from + j) : load(from + j));
+        float* to = out + row * matrix.n + column;
+        if (columns == COLUMNS && !matrix.bias) {
+            for (int64_t j = 0; j < COLUMNS; j += VW) store(to + j, ADD ? load(to + j) + load(from + j) : load(from + j));
+            return;
+        }
+        for (int64_t j = 0; j < columns; ++j) {
+            const float value = matrix.bias ? from[j] + matrix.bias[column + j] : from[j];
+            to[j] = ADD ? to[j] + value : value;
+        }
+    }
+};
+
+// Logits: stored, or of greedy rows only the largest kept, so that megabytes are neither written nor read again.
+struct Predict {
+    const StepArgs& s;
+    Store<false> logits;
+    Largest* largest;  // this thread's
+    void operator()(int64_t row, int64_t rows, int64_t panel, float* c) const {
+        const Matrix& head = logits.matrix;
+        const int64_t column = panel * COLUMNS, columns = head.n - column < COLUMNS ? head.n - column : COLUMNS;
+        for (int64_t r = 0; r < rows; ++r, c += COLUMNS) {
+            if (!s.greedy || !s.greedy[row + r]) {
+                logits.one(row + r, panel, c);
                 continue;
             }
-            for (int64_t j = 0; j < columns; ++j) {
-                const float value = matrix.bias ? from[j] + matrix.bias[column + j] : from[j];
-                to[j] = ADD ? to[j] + value : value;
-            }
+            for (int64_t j = 0; head.bias && j < columns; ++j) c[j] += head.bias[column + j];
+            for (int64_t j = 0; j < columns; j += 16) largest[row + r].add(c + j, column + j, columns - j < 16 ? columns - j : 16);
         }
     }
 };
@@ -217,7 +278,7 @@ void attention(Walker& walker, const LayerArgs& layer, void* cache) {
     const int64_t width = m.heads * m.dim, group = m.heads / m.kv_heads;
     const AttentionCall call{run.w.q,  run.w.mixed, cache,        s.tables,     s.query_starts, s.context_lens, m.heads,
                              m.kv_heads, m.dim,     s.num_blocks, s.block_size, s.block_stride, s.table_stride, layer.window,
-                             1.0f / std::sqrt((float)m.dim)};
+                             1.0f / std::sqrt((float)m.dim), s.paired != 0};
     walker.each((int64_t)run.tasks.size(), 1, [&](int64_t number) {
         const AttentionTask& task = run.tasks[(size_t)number];
         attend(call, task, s.is_bf16 != 0, true);
@@ -239,9 +300,9 @@ void rotate_and_cache(Walker& walker, const LayerArgs& layer, void* cache) {
             for (int64_t h = 0; h < m.heads + m.kv_heads; ++h)
                 normalise(row + h * m.dim, nullptr, h < m.heads ? layer.query_norm : layer.key_norm, row + h * m.dim, m.dim, (float)m.eps);
         if (s.is_bf16)
-            rope_token(job, (uint16_t*)cache, s.block_stride, s.block_size, t);
+            rope_token(job, (uint16_t*)cache, s.block_stride, s.block_size, s.paired != 0, t);
         else
-            rope_token(job, (float*)cache, s.block_stride, s.block_size, t);
+            rope_token(job, (float*)cache, s.block_stride, s.block_size, s.paired != 0, t);
     });
 }
 
@@ -262,15 +323,22 @@ void layer_phases(Walker& walker, const LayerArgs& layer, int64_t index) {
     product(walker, layer.down, w.inner, rest, tokens, 1, Store<true>{layer.down, w.residual});
 }
 
-void walk(Run& run, int threads) {
-    Walker walker{run, threads};
+void walk(Run& run, int threads, int me) {
+    Walker walker{run, threads, me};
     const ModelArgs& m = run.m;
     const StepArgs& s = run.s;
     walker.each(s.tokens, chunk_of(s.tokens, threads), [&](int64_t t) { embed(m, s.token_ids[t], run.w.residual + t * m.hidden); });
     for (int64_t i = 0; i < m.num_layers; ++i) layer_phases(walker, m.layers[i], i);
     if (s.num_rows == 0) return;
     walker.each(s.num_rows, 1, [&](int64_t r) { norm_row(run, m.final_norm, s.rows[r], r); });
-    product(walker, m.head, run.w.x, nullptr, s.num_rows, 1, Store<false>{m.head, s.logits});
+    Largest* largest = s.greedy ? run.largest.data() + walker.me * s.num_rows : nullptr;
+    for (int64_t r = 0; s.greedy && r < s.num_rows; ++r) largest[r].clear();
+    product(walker, m.head, run.w.x, nullptr, s.num_rows, 1, Predict{s, {m.head, s.logits}, largest});
+    if (!s.greedy || walker.me != 0) return;
+    for (int64_t r = 0; r < s.num_rows; ++r) {
+        for (int t = 1; t < walker.threads; ++t) largest[r].merge(run.largest[(size_t)(t * s.num_rows + r)]);
+        if (s.greedy[r]) s.best[r] = largest[r].pick();
+    }
 }
 
 // Padding between the last column and padded(k): never written by phases that quantise group by group.
@@ -278,8 +346,8 @@ void clear_padding(const Rows& rows, int64_t count, int64_t k) {
     for (int64_t g = k / GROUP; g < rows.width / GROUP; ++g)
         for (int64_t r = 0; r < count; ++r) {
             std::memset(rows.codes + r * rows.width + g * GROUP, 0, GROUP);
-            const int64_t at = r * (rows.width / GROUP) + g;
-            rows.scales[at] = 0.0f, rows.minus8[at] = 0, rows.sums[at] = 0;
+            const int64_t at = rows.at(r, g);
+            rows.scales[at] = 0.0f, rows.minus8[at] = 0, rows.sums[rows.sum_at(r, g)] = 0;
         }
 }
 
@@ -308,7 +376,7 @@ int64_t tandem_step(const ModelArgs* model, const StepArgs* step) {
     const ModelArgs& m = *model;
     const StepArgs& s = *step;
     const AttentionCall call{nullptr,   nullptr, nullptr,      s.tables,     s.query_starts, s.context_lens, m.heads,
-                             m.kv_heads, m.dim,   s.num_blocks, s.block_size, s.block_stride, s.table_stride, 0, 1.0f};
+                             m.kv_heads, m.dim,   s.num_blocks, s.block_size, s.block_stride, s.table_stride, 0, 1.0f, s.paired != 0};
     if (const int64_t bad = check_step(m, s, call)) return bad;
     Run run(m, s);
     // One thread for all heads of a sequence, unless that leaves threads without work.
@@ -319,9 +387,9 @@ int64_t tandem_step(const ModelArgs* model, const StepArgs* step) {
     clear_padding(run.w.rest, s.tokens, m.inner);
 #ifdef _OPENMP
 #pragma omp parallel num_threads((int)s.threads)
-    walk(run, omp_get_num_threads());
+    walk(run, omp_get_num_threads(), omp_get_thread_num());
 #else
-    walk(run, 1);
+    walk(run, 1, 0);
 #endif
     return 0;
 }

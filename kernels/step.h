@@ -29,10 +29,12 @@ struct StepArgs {
     const int32_t *tables, *query_starts, *context_lens;
     int64_t tokens, sequences, table_stride;
     void* cache;  // layer 0 of block 0
-    int64_t layer_stride, block_stride, num_blocks, block_size, is_bf16;  // strides in elements
+    int64_t layer_stride, block_stride, num_blocks, block_size, is_bf16, paired;  // strides in elements
     const int64_t* rows;                                                  // whose logits are wanted
     int64_t num_rows;
-    float* logits;  // [num_rows][vocabulary]
+    const uint8_t* greedy;  // [num_rows] or null: 1 where only the largest logit is wanted
+    int64_t* best;          // [num_rows]: for those its column, or -1 when the row is not finite; otherwise left alone
+    float* logits;          // [num_rows][vocabulary]; rows that are greedy are not written
     void* workspace;
     int64_t threads;
 };

@@ -18,6 +18,7 @@ import torch
 from kernels import build, check
 from kernels.attention import MAX_GROUP, MAX_HEAD_DIM
 from kernels.int8 import GROUP, Int8Linear, MatrixArgs
+from kernels.kv_order import PAIRED, PLAIN
 from tandem.errors import InternalError
 
 MAX_HIDDEN = 1 << 15
@@ -141,10 +142,13 @@ class _StepArgs(ctypes.Structure):
         ),
         *((name, ctypes.c_int64) for name in ("tokens", "sequences", "table_stride")),
         ("cache", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("layer_stride", "block_stride", "num_blocks", "block_size", "is_bf16")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("layer_stride", "block_stride", "num_blocks", "block_size", "is_bf16", "paired")
+        ),
         ("rows", ctypes.c_void_p),
         ("num_rows", ctypes.c_int64),
-        ("logits", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("greedy", "best", "logits")),
         ("workspace", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
     )
@@ -217,11 +221,17 @@ class Step:
         context_lens: torch.Tensor,
         cache: torch.Tensor,
         rows: torch.Tensor,
+        order: str = PLAIN,
+        greedy: torch.Tensor | None = None,
+        best: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits float32 [R, V] of `rows` int64 [R]; writes the keys and values of all T rows to `cache`.
 
         token_ids, positions, slots int64 [T]; block_tables int32 [S, B]; query_starts int32 [S + 1]; context_lens int32
-        [S]: as `engine.models.meta.ForwardMeta`. cache [blocks, layers, 2, Hkv, block_size, D], float32 or bfloat16.
+        [S]: as `engine.models.meta.ForwardMeta`. cache [blocks, layers, 2, Hkv, block_size, D], float32 or bfloat16, in
+        `order`: paired only where `kernels.kv_order.best_order` says so.
+        `greedy` uint8 [R], with `best` int64 [R]: rows where it is 1 get no logits, but in `best` the id of the largest
+        (the lowest of equals), or -1 when they are not finite; other entries are left alone.
         The result is valid until the next `run`. Raises InternalError when something is out of range; then nothing was
         written.
         """
@@ -242,8 +252,11 @@ class Step:
             cache.shape[0],
             cache.shape[4],
             cache.dtype is torch.bfloat16,
+            order == PAIRED,
             rows.data_ptr(),
             rows.shape[0],
+            None if greedy is None or best is None else greedy.data_ptr(),
+            None if best is None else best.data_ptr(),
             logits.data_ptr(),
             self._memory(token_ids.shape[0], rows.shape[0]),
             torch.get_num_threads(),

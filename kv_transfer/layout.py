@@ -9,6 +9,9 @@ from functools import cached_property
 from tandem.errors import IncompatibleError, InvalidRequestError
 
 DEFAULT_ORDER = "block,layer,kv,head,slot,dim"
+PAIRED_ORDER = "block,layer,kv,head,pairs"
+"""Keys [head_dim / 2, block_size, 2] and values [block_size / 2, head_dim, 2] in place of [block_size, head_dim]."""
+ORDERS = (DEFAULT_ORDER, PAIRED_ORDER)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LIMIT = 1 << 20
 _MAX_BLOCK_BYTES = 1 << 31
@@ -31,7 +34,7 @@ class KvLayout:
     """KV heads on this rank."""
     head_dim: int
     order: str = DEFAULT_ORDER
-    """Axes, outermost first."""
+    """Axes, outermost first: one of `ORDERS`."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -41,8 +44,8 @@ class KvLayout:
                 raise InvalidRequestError(f"{name} is {value}, allowed are 1 to {_LIMIT}", field=f"layout.{name}")
         if self.dtype not in DTYPE_BYTES:
             raise IncompatibleError(f"KV dtype {self.dtype!r} is unknown; known are {', '.join(DTYPE_BYTES)}")
-        if self.order != DEFAULT_ORDER:
-            raise IncompatibleError(f"KV order {self.order!r} is unknown; known is {DEFAULT_ORDER}")
+        if self.order not in ORDERS:
+            raise IncompatibleError(f"KV order {self.order!r} is unknown; known are {' and '.join(ORDERS)}")
         if self.block_bytes > _MAX_BLOCK_BYTES:
             raise InvalidRequestError(f"a block of {self.block_bytes} bytes is over {_MAX_BLOCK_BYTES}", field="layout")
 

@@ -9,9 +9,12 @@ from typing import Any
 
 from engine.loading import BufferFactory, Engine, load_engine, resolve
 from engine.weights.checkpoint import read_config
-from kv_transfer.layout import KvLayout
+from kernels import kv_order
+from kv_transfer.layout import DEFAULT_ORDER, PAIRED_ORDER, KvLayout
 from worker.flags import Flags
 from worker.identity import WorkerIdentity
+
+ORDERS = {kv_order.PLAIN: DEFAULT_ORDER, kv_order.PAIRED: PAIRED_ORDER}
 
 
 def load(flags: Flags, make_buffer: BufferFactory | None = None) -> Engine:
@@ -31,7 +34,7 @@ def identity_of(engine: Engine, flags: Flags, metrics_address: str) -> WorkerIde
         incarnation=secrets.token_hex(8),
         model_id=engine.model_id,
         model_name=model.name or Path(config.model).stem,
-        layout=KvLayout(config.block_size, config.kv_dtype, model.num_layers, model.num_kv_heads, model.head_dim),
+        layout=layout_of(engine),
         numerics_id=engine.numerics_id,
         max_context=config.context_limit(model),
         vocab_size=model.vocab_size,
@@ -43,6 +46,13 @@ def identity_of(engine: Engine, flags: Flags, metrics_address: str) -> WorkerIde
         quantization=model.quantization,
         metrics_address=metrics_address,
     )
+
+
+def layout_of(engine: Engine) -> KvLayout:
+    """How the engine's KV blocks lie in memory."""
+    model, config = engine.model_config, engine.engine_config
+    order = ORDERS[engine.kv_cache.order]
+    return KvLayout(config.block_size, config.kv_dtype, model.num_layers, model.num_kv_heads, model.head_dim, order)
 
 
 def limits_of(engine: Engine, identity: WorkerIdentity) -> dict[str, Any]:

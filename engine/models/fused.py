@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.models.meta import ForwardMeta
+from engine.models.meta import NOT_PICKED, ForwardMeta, Predictions
 from kernels.step import Step, StepShape
 
 
@@ -17,6 +18,8 @@ class KvTensor(Protocol):
 
     tensor: Tensor
     """[blocks, layers, 2, Hkv, block_size, D], float32 or bfloat16."""
+    order: str
+    """See `kernels.kv_order`."""
 
 
 def step_shape(config: ModelConfig) -> StepShape:
@@ -42,9 +45,12 @@ class FusedModel:
     nbytes: int
     """Bytes of all weights; tied ones count once."""
 
-    def step(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvTensor, rows: Tensor) -> Tensor:
+    def step(
+        self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvTensor, rows: Tensor, greedy: Tensor | None = None
+    ) -> Predictions:
         """See `engine.models.transformer.Model.step`."""
-        return self.kernel.run(
+        best = None if greedy is None else torch.full((len(rows),), NOT_PICKED, dtype=torch.int64)
+        logits = self.kernel.run(
             token_ids,
             meta.positions,
             meta.slots,
@@ -53,4 +59,8 @@ class FusedModel:
             meta.context_lens,
             kv_cache.tensor,
             rows,
+            kv_cache.order,
+            greedy,
+            best,
         )
+        return Predictions(logits, best)

@@ -1,9 +1,9 @@
-"""What a forward pass must know about its rows, beside their token ids. The runner fills it, the model reads it."""
+"""What a forward pass must know about its rows, beside their token ids, and what comes out of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,3 +26,17 @@ class ForwardMeta:
     """int32 [S+1]: rows query_starts[s] to query_starts[s+1] belong to sequence s; the last is T."""
     context_lens: Tensor
     """int32 [S]: tokens of each sequence in the cache after this step, its own rows included."""
+
+
+NOT_PICKED: Final = -100
+"""In place of a token in `Predictions.best`: the row's logits are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a step says of the R rows that were asked for. Valid until the model's next step."""
+
+    logits: Tensor
+    """float32 [R, V]; rows with an answer in `best` may be unfilled."""
+    best: Tensor | None = None
+    """int64 [R]: the id of the largest logit, `kernels.sampling.NOT_FINITE`, or NOT_PICKED; None: no row has one."""

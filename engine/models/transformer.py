@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.models.meta import ForwardMeta
+from engine.models.meta import ForwardMeta, Predictions
 from kernels.activation import silu_mul
 from kernels.attention import paged_attention
 from kernels.linear import PackedLinear, linear
@@ -99,9 +99,14 @@ class Model:
         tables = self.cos.nbytes + self.sin.nbytes + self.final_norm.nbytes
         return self.embedding.nbytes + self.head.nbytes + tables + sum(layer.nbytes for layer in self.layers)
 
-    def step(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers, rows: Tensor) -> Tensor:
-        """`forward`, then the logits float32 [R, V] of `rows` int64 [R]."""
-        return self.logits(self.forward(token_ids, meta, kv_cache)[rows])
+    def step(
+        self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers, rows: Tensor, greedy: Tensor | None = None
+    ) -> Predictions:
+        """`forward`, then what it says of `rows` int64 [R].
+
+        `greedy` uint8 [R] marks rows of which only the largest logit is wanted; a model may then leave out the others.
+        """
+        return Predictions(self.logits(self.forward(token_ids, meta, kv_cache)[rows]))
 
     def forward(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers) -> Tensor:
         """One step over T rows: writes their K and V to the cache and returns hidden states float32 [T, W].

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels.attention import paged_attention, paged_attention_reference
+from kernels.kv_order import PAIRED, PLAIN, best_order, to_paired, to_plain
 from tandem.errors import InternalError
 
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
@@ -230,6 +231,58 @@ def test_wrong_arguments_are_named(implementation: str) -> None:
         call(q=torch.zeros(2, 4, 12), kv_layer=torch.zeros(5, 2, 2, 4, 12))
     with pytest.raises(InternalError, match="sliding_window"):
         call(sliding_window=0)
+
+
+def in_paired_order(q: torch.Tensor, kv_layer: torch.Tensor, *rest: object) -> torch.Tensor:
+    """`paged_attention` over the same cache in paired order."""
+    return paged_attention(q, to_paired(kv_layer), *rest, rounded=True, order=PAIRED)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"), [(9, 3, 64, 16), (8, 1, 128, 48), (2, 1, 256, 32), (3, 1, 96, 64)]
+)
+def test_paired_order_changes_no_bit(
+    cpp: None,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block_size: int,
+    generator: torch.Generator,
+    same_bits: SameBits,
+) -> None:
+    """Whatever lies in the slots that nobody sees (NaN here)."""
+    if best_order(torch.bfloat16, block_size, dim) != PAIRED:
+        pytest.skip("this CPU doesn't multiply pairs of bfloat16")
+    spans = [(0, 1), (63, 64), (0, 130), (37, 37), (99, 165), (150, 151)]
+    sequences = [make_sequence(end, heads, kv_heads, dim, generator) for _, end in spans]
+    state = generator.get_state()
+    rounded = functools.partial(paged_attention, rounded=True)
+    expected = attend(sequences, spans, block_size, torch.bfloat16, window, generator, rounded)
+    generator.set_state(state)
+    actual = attend(sequences, spans, block_size, torch.bfloat16, window, generator, in_paired_order)
+    assert all(same_bits(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "block_size", "dim"), [(torch.float32, 16, 64), (torch.bfloat16, 8, 64)])
+def test_paired_order_is_refused_where_it_can_not_be(dtype: torch.dtype, block_size: int, dim: int) -> None:
+    assert best_order(dtype, block_size, dim) == PLAIN
+    kv = torch.zeros(2, 2, 1, block_size, dim, dtype=dtype)
+    one = torch.tensor([1], dtype=torch.int32)
+    with pytest.raises(InternalError, match="paired"):
+        paged_attention(
+            torch.zeros(1, 1, dim), kv, one[None], torch.tensor([0, 1]).int(), one, 1.0, rounded=True, order=PAIRED
+        )
+
+
+def test_paired_order_and_back(generator: torch.Generator) -> None:
+    plain = torch.randn(3, 2, 2, 5, 32, 8, generator=generator)
+    paired = to_paired(plain)
+    assert torch.equal(to_plain(paired), plain)
+    keys, values = paired[1, 0, 0, 4].view(4, 32, 2), paired[1, 0, 1, 4].view(16, 8, 2)
+    assert torch.equal(keys[:, 7].flatten(), plain[1, 0, 0, 4, 7])
+    assert torch.equal(values[3, :, 1], plain[1, 0, 1, 4, 7])
 
 
 @pytest.mark.parametrize("window", [None, 1, 50])

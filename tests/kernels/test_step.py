@@ -11,6 +11,7 @@ import torch
 from kernels.activation import silu_mul
 from kernels.attention import paged_attention
 from kernels.int8 import int8_linear, int8_rows, pack_int8, quantize_weight
+from kernels.kv_order import PAIRED, PLAIN, best_order, to_paired
 from kernels.norm import rms_norm, rms_norm_heads
 from kernels.rope import rope_and_store
 from kernels.step import Step, StepLayer, StepLinear, StepShape, gate_up_order
@@ -85,14 +86,16 @@ class Inputs:
     rows: torch.Tensor
 
 
-def inputs(spans: Sequence[tuple[int, int]], tokens: torch.Tensor, sequences: Sequence[int]) -> Inputs:
+def inputs(
+    spans: Sequence[tuple[int, int]], tokens: torch.Tensor, sequences: Sequence[int], block_size: int = BLOCK_SIZE
+) -> Inputs:
     positions = torch.cat([torch.arange(a, b) for a, b in spans])
     owner = torch.cat([torch.full((b - a,), s) for s, (a, b) in zip(sequences, spans, strict=True)])
     starts = torch.tensor([0, *(b - a for a, b in spans)]).cumsum(0)
     return Inputs(
         tokens[owner, positions],
         positions,
-        owner * 16 * BLOCK_SIZE + positions,
+        owner * 16 * block_size + positions,
         torch.stack([torch.arange(s * 16, s * 16 + 16) for s in sequences]).int(),
         starts.int(),
         torch.tensor([b for _, b in spans]).int(),
@@ -100,8 +103,15 @@ def inputs(spans: Sequence[tuple[int, int]], tokens: torch.Tensor, sequences: Se
     )
 
 
-def run(step: Step, i: Inputs, cache: torch.Tensor) -> torch.Tensor:
-    return step.run(i.ids, i.positions, i.slots, i.tables, i.starts, i.contexts, cache, i.rows)
+def run(
+    step: Step,
+    i: Inputs,
+    cache: torch.Tensor,
+    order: str = PLAIN,
+    greedy: torch.Tensor | None = None,
+    best: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return step.run(i.ids, i.positions, i.slots, i.tables, i.starts, i.contexts, cache, i.rows, order, greedy, best)
 
 
 def one_by_one(model: Tiny, i: Inputs, cache: torch.Tensor) -> torch.Tensor:
@@ -170,6 +180,72 @@ def test_has_the_bits_of_the_operations_one_by_one(
         batch = inputs(spans, tokens, [2, 0, 3])
         assert same_bits(run(step, batch, caches[0]), one_by_one(model, batch, caches[1]))
         assert torch.equal(caches[0], caches[1])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "block_size"),
+    [(9, 3, 64, None, 16), (4, 4, 32, 7, 32), (2, 1, 96, 1, 16), (8, 1, 128, 40, 48)],
+)
+def test_a_cache_in_paired_order_gives_the_same_bits(
+    cpp: None,
+    threads: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    block_size: int,
+    generator: torch.Generator,
+    same_bits: SameBits,
+) -> None:
+    if best_order(torch.bfloat16, block_size, dim) != PAIRED:
+        pytest.skip("this CPU doesn't multiply pairs of bfloat16")
+    shape = StepShape(96, 160, heads, kv_heads, dim, 101, EPS, False)
+    step = make(shape, generator, bias=False, qk_norm=False, window=window).step()
+    tokens = torch.randint(0, 101, (4, 128), generator=generator)
+    caches = [torch.zeros(BLOCKS, 2, 2, kv_heads, block_size, dim, dtype=torch.bfloat16) for _ in range(2)]
+    decoding = [(90, 91), (34, 35), (21, 22)]
+    for spans in ([(0, 1), (0, 33), (0, 5)], [(1, 90), (33, 34), (5, 21)], decoding * 2):
+        batch = inputs(spans, tokens, [2, 0, 3] * (len(spans) // 3), block_size)
+        assert same_bits(run(step, batch, caches[0]), run(step, batch, caches[1], PAIRED))
+        assert torch.equal(to_paired(caches[0]), caches[1])
+
+
+@pytest.mark.parametrize("vocabulary", [101, 512])
+def test_greedy_rows_get_their_largest_logit(
+    cpp: None, threads: int, vocabulary: int, generator: torch.Generator, same_bits: SameBits
+) -> None:
+    model = make(StepShape(64, 96, 4, 2, 16, vocabulary, EPS, False), generator, bias=True, qk_norm=False, window=None)
+    # Every logit several times: the lowest id wins.
+    weight = torch.randn(50, 64, generator=generator).repeat(11, 1)[:vocabulary].contiguous()
+    bias = torch.randn(50, generator=generator).repeat(11)[:vocabulary].contiguous()
+    model.head = StepLinear(pack_int8([quantize_weight(weight)]), bias)
+    step = model.step()
+    batch = inputs([(0, 20)], torch.randint(0, vocabulary, (4, 64), generator=generator), [1])
+    batch.rows = torch.arange(20)
+    caches = [torch.zeros(BLOCKS, 2, 2, 2, BLOCK_SIZE, 16) for _ in range(2)]
+    expected = run(step, batch, caches[0]).clone()
+    greedy = (torch.arange(20) % 3 > 0).to(torch.uint8)
+    best = torch.full((20,), -7)
+    logits = run(step, batch, caches[1], PLAIN, greedy, best)
+    assert torch.equal(best[greedy == 1], expected.argmax(1)[greedy == 1])
+    assert bool((best[greedy == 0] == -7).all())
+    assert same_bits(logits[greedy == 0], expected[greedy == 0])
+    assert int(best.max()) < 50
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_greedy_rows_that_are_not_finite_say_so(tiny: Tiny, bad: float, generator: torch.Generator) -> None:
+    bias = torch.zeros(50)
+    bias[17] = bad
+    tiny.head = StepLinear(tiny.head.packed, bias)
+    batch = inputs([(0, 3)], torch.randint(0, 50, (4, 64), generator=generator), [1])
+    best = torch.zeros(1, dtype=torch.int64)
+    cache = torch.zeros(BLOCKS, 2, 2, 2, BLOCK_SIZE, 16)
+    run(tiny.step(), batch, cache, PLAIN, torch.ones(1, dtype=torch.uint8), best)
+    assert (int(best) == -1) == (bad != -torch.inf)  # an id of -inf is one that can't be drawn, and no error
+    tiny.head = StepLinear(tiny.head.packed, torch.full((50,), -torch.inf))
+    run(tiny.step(), batch, cache, PLAIN, torch.ones(1, dtype=torch.uint8), best)
+    assert int(best) == -1
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from engine.models.loader import load_model
 from engine.models.meta import ForwardMeta
 from engine.models.transformer import Model
 from engine.weights import open_checkpoint
-from kernels import dispatch
+from kernels import dispatch, kv_order
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `row_promise`; tests are no package
 
@@ -36,6 +36,9 @@ class BareCache:
         shape = (engine.num_blocks, config.num_layers, 2, config.num_kv_heads, engine.block_size, config.head_dim)
         assert DTYPE_BYTES[engine.kv_dtype] == DTYPES[engine.kv_dtype].itemsize
         self.tensor = torch.full(shape, 1e3, dtype=DTYPES[engine.kv_dtype])
+        self.order = kv_order.PLAIN
+        if engine.compute == "int8":
+            self.order = kv_order.best_order(self.tensor.dtype, engine.block_size, config.head_dim)
 
     def layer(self, index: int) -> Tensor:
         """`cache[:, layer]`."""
@@ -58,7 +61,7 @@ class Driver:
             live = [s for s, prompt in enumerate(prompts) if start < len(prompt)]
             spans = [(s, start, min(start + chunk, len(prompts[s]))) for s in live]
             ids = torch.tensor([t for s, a, b in spans for t in prompts[s][a:b]])
-            logits = self.model.step(ids, self._meta(spans), cache, torch.arange(len(ids))).clone()
+            logits = self.model.step(ids, self._meta(spans), cache, torch.arange(len(ids))).logits
             for (s, _, _), rows in zip(spans, logits.split([b - a for _, a, b in spans]), strict=True):
                 pieces[s].append(rows.clone())
         return [torch.cat(rows) for rows in pieces]
