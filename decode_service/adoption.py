@@ -86,7 +86,7 @@ def news(request: Request) -> list[Event]:
             output.streamed = len(state.token_ids)
         if state.finish_reason is not None:
             output.announced = True
-            ends.append(Finished(request.key, output.index, state.finish_reason))
+            ends.append(Finished(request.key, output.index, state.finish_reason, len(state.token_ids)))
             if output.chain is not None:
                 output.chain.table.free()
                 output.chain = None

@@ -23,6 +23,8 @@ class Finished:
     key: str
     index: int
     reason: FinishReason
+    num_tokens: int
+    """Of the output, those of the record included."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from decode_service.events import Ended, Finished
 from decode_service.streams import Item, Pulse, Retargeted
@@ -29,11 +29,25 @@ def decode_responses(items: Iterable[Item]) -> list[decode_pb2.DecodeResponse]:
         elif isinstance(item, Retargeted):
             responses.append(decode_pb2.DecodeResponse(retargeted=_retargeted_to_pb(item)))
         elif isinstance(item, Finished):
-            finished = decode_pb2.DecodeFinished(index=item.index, finish_reason=wire.finish_reason_to_pb(item.reason))
+            finished = decode_pb2.DecodeFinished(
+                index=item.index,
+                finish_reason=wire.finish_reason_to_pb(item.reason),
+                num_tokens=item.num_tokens,
+            )
             responses.append(decode_pb2.DecodeResponse(finished=finished))
         elif isinstance(item, Ended):
             responses.append(decode_pb2.DecodeResponse(end=decode_pb2.DecodeEnd(preemptions=item.preemptions)))
     return responses
+
+
+def feed_to_pb(requests: Mapping[int, Iterable[TokenDelta]]) -> decode_pb2.WatchTokensResponse:
+    """New tokens by the requests' numbers on the feed."""
+    return decode_pb2.WatchTokensResponse(
+        requests=[
+            decode_pb2.FeedTokens(number=number, deltas=[wire.delta_to_pb(delta) for delta in deltas])
+            for number, deltas in requests.items()
+        ]
+    )
 
 
 def _retargeted_to_pb(item: Retargeted) -> decode_pb2.DecodeRetargeted:

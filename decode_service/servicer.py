@@ -67,7 +67,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         record = self._check_start(start)
         # Apart from the first message: a write given up before it sent the headers would take the status with it.
         await context.send_initial_metadata(())
-        key, stream = self._worker.open_stream()
+        key, stream = self._worker.open_stream(start.feed_id, start.feed_number)
         call = _Call(key, stream, record, start.attempt)
         with bind_request(record.request_id):
             try:
@@ -76,6 +76,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 await self._serve(call, request_iterator, context)
             finally:
                 self._worker.close_stream(key, call.lease)
+
+    async def WatchTokens(  # noqa: N802
+        self, request: decode_pb2.WatchTokensRequest, context: Context
+    ) -> AsyncIterator[decode_pb2.WatchTokensResponse]:
+        """See proto/tandem/v1/decode.proto."""
+        self._worker.identity.check_incarnation(request.incarnation)
+        self._worker.check_open()
+        with self._worker.feeds.opened(request.feed_id) as feed:
+            yield decode_pb2.WatchTokensResponse()
+            while True:
+                yield messages.feed_to_pb(await feed.get())
 
     async def GetDecodeInfo(  # noqa: N802
         self, request: decode_pb2.GetDecodeInfoRequest, context: Context

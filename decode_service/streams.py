@@ -41,9 +41,10 @@ DEFAULT_LIMIT = 4096
 class OutputStream:
     """What one request has produced and its client hasn't taken yet."""
 
-    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
-        """`limit` is in tokens."""
+    def __init__(self, limit: int = DEFAULT_LIMIT, feed_id: str = "", feed_number: int = 0) -> None:
+        """`limit` is in tokens. `feed_id` and `feed_number` say where the tokens go while that feed is open."""
         self._limit = limit
+        self.feed_id, self.feed_number = feed_id, feed_number
         self._waiting = 0
         self._items: list[Item] = []
         self._ready = asyncio.Event()

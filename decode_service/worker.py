@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import Iterator
 
 from decode_service.engine_loop import EngineLoop
-from decode_service.events import Admission, Event
+from decode_service.events import Admission, Event, Tokens
+from decode_service.feeds import Feeds
 from decode_service.metrics import StepMetrics
 from decode_service.scheduler import Scheduler
 from decode_service.streams import DEFAULT_LIMIT, OutputStream
@@ -46,6 +47,7 @@ class DecodeWorker(Worker[OutputStream]):
             "decode-engine", scheduler, runner, on_events=self._on_events, on_load=self._on_load, metrics=metrics
         )
         self._stream_limit = stream_limit
+        self.feeds = Feeds()
         self._keys: dict[str, str] = {}
         self._transfers: dict[str, set[asyncio.Future[None]]] = {}
         self._pulse_task: asyncio.Task[None] | None = None
@@ -59,6 +61,7 @@ class DecodeWorker(Worker[OutputStream]):
         """End everything at once; idempotent."""
         self.draining = self.stopping = True
         self._wake_watchers()
+        self.feeds.close(self.stopped_error())
         if self._pulse_task is not None:
             self._pulse_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -67,10 +70,12 @@ class DecodeWorker(Worker[OutputStream]):
         self.leases.close_all()
         await self.engine.stop()
 
-    def open_stream(self) -> tuple[str, OutputStream]:
-        """A place for a new request's output and its key. Raises DrainingError."""
+    def open_stream(self, feed_id: str = "", feed_number: int = 0) -> tuple[str, OutputStream]:
+        """A place for a new request's output and its key; tokens go to the feed while it is open. Raises
+        DrainingError.
+        """
         self.check_open()
-        key, stream = self._new_key(), OutputStream(self._stream_limit)
+        key, stream = self._new_key(), OutputStream(self._stream_limit, feed_id, feed_number)
         self._enter(key, stream)
         return key, stream
 
@@ -135,7 +140,12 @@ class DecodeWorker(Worker[OutputStream]):
 
     def _on_events(self, events: list[Event]) -> None:
         for event in events:
-            if (stream := self._calls.get(event.key)) is not None:
+            if (stream := self._calls.get(event.key)) is None:
+                continue
+            if isinstance(event, Tokens) and (feed := self.feeds.get(stream.feed_id)) is not None:
+                if not stream.failed.done():
+                    feed.put(stream.feed_number, event.deltas)
+            else:
                 stream.put(event)
 
     async def _pulse(self) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from gateway.calls import Call, DecodeCall, Ended, Inbox, Lease, PrefillCall
+from gateway.calls import Call, DecodeCall, FeedTokens, Inbox, Lease, PrefillCall
 from gateway.config import Patience
 from gateway.dispatch import Ticket
+from gateway.ended import Ended
 from gateway.outputs import Outputs
 from gateway.pairing import Need, Pairing
 from gateway.plain import Counted, Delta, Finished, Job
@@ -74,6 +75,8 @@ class Attempt:
         self._aboard = False
         """D has reserved blocks. The lease doesn't tell: without a transfer there is none."""
         self._committed = False
+        self._late = False
+        """The stream has ended well, and the feed's last tokens are on their way."""
         self._failed_prefills: set[str] = set()
         self._tries = 0
 
@@ -88,7 +91,7 @@ class Attempt:
             await self._decode.start(record, REMOTE if self._ticket.prefill else LOCAL)
             over = False
             while not over:
-                call, message = await self._inbox.get()
+                call, message = await self._next()
                 over = await self._handle(call, message)
         finally:
             self._decode.close()
@@ -96,9 +99,24 @@ class Attempt:
                 self._prefill.close()
             self._ticket.release()
 
+    async def _next(self) -> tuple[Call, Any]:
+        """What comes next. Once the stream has ended only the feed's last tokens are awaited, and not for long."""
+        patience = self._patience.heartbeat_timeout if self._late else None
+        try:
+            async with asyncio.timeout(patience):
+                return await self._inbox.get()
+        except TimeoutError:
+            if patience is None:
+                raise
+            ended = Ended(UnavailableError("the last tokens did not come", reason="NO_HEARTBEAT"), died=True)
+            raise DecodeLost(ended, self._decode.worker, heard=True, admitted=True) from None
+
     async def _handle(self, call: Call, message: Any) -> bool:
         """True when the request needs this worker no more."""
         if call is self._decode:
+            if isinstance(message, FeedTokens):
+                self._commit()
+                return await self._take(message.deltas)
             return self._decode_ended(message) if isinstance(message, Ended) else await self._on_decode(message)
         if call is self._prefill:
             if isinstance(message, Ended):
@@ -117,8 +135,9 @@ class Attempt:
         elif kind == "retargeted":
             self._on_retargeted(response.retargeted)
         elif kind == "finished":
-            reason = wire.finish_reason_from_pb(response.finished.finish_reason) or FinishReason.STOP
-            self._publish_all(self._outputs.finish(response.finished.index, reason))
+            finished = response.finished
+            reason = wire.finish_reason_from_pb(finished.finish_reason) or FinishReason.STOP
+            self._publish_all(self._outputs.finish(finished.index, reason, finished.num_tokens))
         elif kind == "end":
             self._counted.preemptions += response.end.preemptions
             return self._decode_ended(Ended())
@@ -132,7 +151,8 @@ class Attempt:
             if any(isinstance(event, Finished) for event in events):
                 if self._outputs.done:
                     return True
-                await self._decode.finish(delta.index)
+                if not self._late:
+                    await self._decode.finish(delta.index)
         return False
 
     def _publish_all(self, events: list[Delta | Finished]) -> None:
@@ -143,6 +163,9 @@ class Attempt:
         """The end is good when every choice was done, even if the worker died right after."""
         if self._outputs.done:
             return True
+        if ended.error is None and self._decode.fed and self._outputs.complete_soon:
+            self._late = True
+            return False
         if ended.error is None:
             ended = Ended(InternalError("a decode worker ended a stream before its outputs"))
         raise DecodeLost(ended, self._decode.worker, heard=self._decode.heard, admitted=self._aboard)

@@ -14,11 +14,13 @@ from typing import Any
 
 import grpc
 
+from gateway.ended import Ended, ended_by
+from gateway.feed import TokenFeed
 from gateway.silence import Silence
 from gateway.workers import Worker
-from tandem.errors import DeadlineError, InternalError, TandemError, UnavailableError
+from tandem.errors import InternalError, UnavailableError
 from tandem.record import Record, TokenDelta
-from tandem.service import status, wire
+from tandem.service import wire
 from tandem.service.call_status import CallStatus
 from tandem.service.logging import get_logger
 from tandem.v1 import decode_pb2, prefill_pb2
@@ -28,14 +30,6 @@ _log = get_logger(__name__)
 BEATS = ("heartbeat", "progress")
 """Come as long as the engine lives, from before the request is aboard."""
 Inbox = asyncio.Queue[tuple["Call", Any]]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a stream ended: `error` is None when all went well; `died` when the worker itself seems gone."""
-
-    error: TandemError | None = None
-    died: bool = False
 
 
 class Call:
@@ -71,7 +65,7 @@ class Call:
             ended = Ended(UnavailableError(f"no heartbeat for {self._silence:g} s", reason="NO_HEARTBEAT"), died=True)
         except grpc.aio.AioRpcError as exc:
             assert self._status is not None
-            ended = _ended(await self._status.error(exc))
+            ended = ended_by(await self._status.error(exc))
         except Exception as exc:  # whatever it was: a call without its end would hold the request until its deadline
             _log.error("a worker's stream can't be read", address=self.worker.address, exc_info=exc)
             ended = Ended(InternalError(f"a worker's stream can't be read: {exc}"))
@@ -96,26 +90,55 @@ class Call:
             self._task.cancel()
 
 
-def _ended(exc: grpc.aio.AioRpcError) -> Ended:
-    """A worker that answers sends details with its status; without them the transport speaks: the worker is gone."""
-    error = status.from_rpc_error(exc)
-    answered = any(key == status.DETAILS_KEY for key, _ in exc.trailing_metadata() or ())
-    if answered or isinstance(error, DeadlineError):
-        return Ended(error)
-    died = exc.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
-    return Ended(error, died=died or exc.code() is grpc.StatusCode.INTERNAL)
+@dataclass(frozen=True)
+class FeedTokens:
+    """Tokens of a request that came on its worker's feed."""
+
+    deltas: Any
+    """repeated TokenDelta"""
 
 
 class DecodeCall(Call):
-    """DecodeService.Decode."""
+    """DecodeService.Decode, and the request's share of the worker's token feed when there is one."""
+
+    def __init__(self, worker: Worker, inbox: Inbox, *, deadline: float, silence: float) -> None:
+        """See `Call`."""
+        super().__init__(worker, inbox, deadline=deadline, silence=silence)
+        self._feed: TokenFeed | None = None
+        self._number = 0
+
+    @property
+    def fed(self) -> bool:
+        """Tokens come on the feed: the stream may end before the last of them are here."""
+        return self._feed is not None
 
     async def start(self, record: Record, source: decode_pb2.PrefillSource.ValueType) -> None:
         """Opens the stream; attempt 1."""
+        self._feed = self.worker.feed if self.worker.feed is not None and self.worker.feed.ready else None
+        self._number = self._feed.join(self._on_feed) if self._feed is not None else 0
         self._begin(self.worker.stub.Decode(timeout=self._timeout))
         start = decode_pb2.DecodeStart(
-            record=wire.record_to_pb(record), attempt=1, source=source, incarnation=self.worker.info.incarnation
+            record=wire.record_to_pb(record),
+            attempt=1,
+            source=source,
+            incarnation=self.worker.info.incarnation,
+            feed_id=self._feed.feed_id if self._feed is not None else "",
+            feed_number=self._number,
         )
         await self._write(decode_pb2.DecodeRequest(start=start))
+
+    def _on_feed(self, message: Any) -> None:
+        if isinstance(message, Ended):
+            self._inbox.put_nowait((self, message))
+        else:
+            self.heard = True
+            self._inbox.put_nowait((self, FeedTokens(message)))
+
+    def close(self) -> None:
+        """Leaves the feed too."""
+        if self._feed is not None:
+            self._feed.leave(self._number)
+        super().close()
 
     async def retarget(
         self, attempt: int, source: decode_pb2.PrefillSource.ValueType, emitted: Sequence[TokenDelta]

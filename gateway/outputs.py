@@ -28,6 +28,8 @@ class Choice:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.reason: FinishReason | None = None
+        self.end: tuple[FinishReason, int] | None = None
+        """What a worker said of the output's end: why, and after how many tokens. Some of them may still be to come."""
         self._early: dict[int, tuple[int, TokenLogprobs | None]] = {}
         self._min_tokens, self._max_tokens = job.stopping.min_tokens, job.stopping.max_tokens
         self._detokenizer = Detokenizer(tokenizer, skip_special=job.skip_special)
@@ -50,6 +52,8 @@ class Choice:
         events: list[Delta | Finished] = [Delta(self.index, new, text, self.logprobs[first:])]
         if match is not None:
             events.append(self._end(FinishReason.STOP, match))
+        elif self.end is not None:
+            events += self.finish(*self.end)
         return events
 
     def _file(self, delta: TokenDelta) -> None:
@@ -72,8 +76,14 @@ class Choice:
         result = self._matcher.push(piece)
         return result.text, result.match
 
-    def finish(self, reason: FinishReason) -> list[Delta | Finished]:
-        """A worker ended this output: what was held back comes out, maybe with a stop string at its end."""
+    def finish(self, reason: FinishReason, num_tokens: int = 0) -> list[Delta | Finished]:
+        """A worker ended this output after `num_tokens` (0: those that are here).
+
+        Once they are all here, what was held back comes out, maybe with a stop string at its end.
+        """
+        if num_tokens > len(self.token_ids):
+            self.end = (reason, num_tokens)
+            return []
         result = self._matcher.push(self._detokenizer.flush())
         text, match = result.text, result.match
         if match is None:
@@ -115,10 +125,15 @@ class Outputs:
         choice = self._choice(delta.index)
         return [] if choice.reason is not None else choice.accept(delta)
 
-    def finish(self, index: int, reason: FinishReason) -> list[Delta | Finished]:
-        """A worker says that a choice is complete."""
+    @property
+    def complete_soon(self) -> bool:
+        """True when a worker has said of every choice where it ends: only tokens on their way are lacking."""
+        return all(choice.reason is not None or choice.end is not None for choice in self.choices)
+
+    def finish(self, index: int, reason: FinishReason, num_tokens: int = 0) -> list[Delta | Finished]:
+        """A worker says that a choice is complete with its first `num_tokens` tokens (0: those that are here)."""
         choice = self._choice(index)
-        return [] if choice.reason is not None else choice.finish(reason)
+        return [] if choice.reason is not None else choice.finish(reason, num_tokens)
 
     def finish_complete(self, eos_token_ids: Collection[int]) -> list[Delta | Finished]:
         """Ends choices whose last token ended them, where the worker died before it could say so."""

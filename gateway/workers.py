@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from gateway.affinity import PrefixMemory
+from gateway.feed import TokenFeed
 from gateway.silence import Silence
 from tandem.service.channel import open_channel
 from tandem.service.logging import get_logger
@@ -53,6 +54,9 @@ class Worker:
         self.pending_blocks = 0
         """What was sent since the last load report."""
         self._foreign = 0
+        self.feed: TokenFeed | None = None
+        """Of a decode worker, once it was opened."""
+        self._feed_tasks: set[asyncio.Task[None]] = set()
 
     @property
     def ready(self) -> bool:
@@ -111,7 +115,19 @@ class Worker:
         reported = load.running_sequences + load.receiving_requests + load.waiting_requests
         self._foreign = max(0, reported - self.outstanding)
         self.pending_tokens = self.pending_blocks = 0
+        self._keep_feed()
         self._set_connected(True)
+
+    def _keep_feed(self) -> None:
+        """Opens a feed for this incarnation, and another when it ended. A feed outlives the watch: requests do."""
+        if self.role != "decode" or self.draining:
+            return
+        feed = self.feed
+        if feed is None or feed.incarnation != self.info.incarnation or (feed.over and not feed.unknown):
+            self.feed = TokenFeed(self.stub, self.info.incarnation)
+            task = asyncio.create_task(self.feed.run(), name=f"token feed of {self.address}")
+            self._feed_tasks.add(task)
+            task.add_done_callback(self._feed_tasks.discard)
 
     def _set_connected(self, connected: bool) -> None:
         if connected and not self.connected:
@@ -145,6 +161,9 @@ class Worker:
 
     async def close(self) -> None:
         """Ends the channel and every call on it."""
+        for task in list(self._feed_tasks):
+            task.cancel()
+        await asyncio.gather(*self._feed_tasks, return_exceptions=True)
         with contextlib.suppress(Exception):
             await self.channel.close()
 

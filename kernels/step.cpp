@@ -5,6 +5,7 @@
 // one. A row goes through the same operations in the same order whatever the other rows, the tiles and the threads are.
 
 #include <sched.h>
+#include <sys/resource.h>
 
 #include <vector>
 
@@ -18,18 +19,16 @@ using namespace tandem;
 
 namespace {
 
-// Threads meet; they spin a while, since phases are short, then let others run.
-class Barrier {
-public:
-    void wait(int threads) {
-        if (threads == 1) return;
-        const int turn = turn_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            turn_.store(turn + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+// A phase's tasks: threads take them one after another, and the phase is over when all are done, whoever did them. A thread that other
+// processes keep from its core holds up nobody as long as it holds no task; when it is back it runs through what was done without it.
+struct Phase {
+    alignas(64) std::atomic<int64_t> next{0};
+    std::atomic<int64_t> done{0};
+
+    // Waits spin a while, since phases are short, then let others run.
+    void finish(int64_t mine, int64_t count) {
+        if (mine > 0) done.fetch_add(mine, std::memory_order_acq_rel);
+        for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins) {
             if (spins < 4000) {
 #if defined(__SSE__)
                 _mm_pause();
@@ -39,11 +38,33 @@ public:
             }
         }
     }
+};
+
+// Whether others want this process's cores: asked once a step and thread.
+class Crowd {
+public:
+    // True while somebody does, and some steps longer.
+    static bool here() { return steps_left.load(std::memory_order_relaxed) > 0; }
+    // Once a step, by the thread that began it.
+    static void step_began() {
+        const int left = steps_left.load(std::memory_order_relaxed);
+        if (left > 0) steps_left.store(left - 1, std::memory_order_relaxed);
+    }
+    // By each thread at its end of the step.
+    static void step_ended() {
+        thread_local long before = 0;
+        struct rusage usage;
+        if (getrusage(RUSAGE_THREAD, &usage) != 0) return;
+        if (usage.ru_nivcsw != before) steps_left.store(STEPS, std::memory_order_relaxed);
+        before = usage.ru_nivcsw;
+    }
 
 private:
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<int> turn_{0};
+    static constexpr int STEPS = 16;
+    static std::atomic<int> steps_left;
 };
+
+std::atomic<int> Crowd::steps_left{0};
 
 // Memory for `rows` quantised rows of `width`, cut from a cursor.
 Rows take_rows(char*& at, int64_t rows, int64_t width) {
@@ -130,13 +151,14 @@ struct Run {
     const StepArgs& s;
     Workspace w;
     std::vector<AttentionTask> tasks;
-    std::vector<std::atomic<int64_t>> next;  // a counter a phase
-    std::vector<Largest> largest;            // [threads][num_rows], when some rows are greedy
-    Barrier barrier;
+    std::vector<Phase> phases;
+    std::vector<Largest> largest;  // [threads][num_rows], when some rows are greedy
+    const bool crowded = Crowd::here();
 
     Run(const ModelArgs& model, const StepArgs& step)
-        : m(model), s(step), w(model, step.tokens, step.num_rows, (char*)step.workspace), next((size_t)(8 * model.num_layers + 3)) {
+        : m(model), s(step), w(model, step.tokens, step.num_rows, (char*)step.workspace), phases((size_t)(8 * model.num_layers + 3)) {
         if (step.greedy) largest.resize((size_t)(step.threads * step.num_rows));
+        for (Largest& each : largest) each.clear();
     }
 };
 
@@ -146,14 +168,16 @@ struct Walker {
     int threads, me;
     int64_t phase = 0;
 
-    // body(task) for the tasks of this phase that nobody has taken, `chunk` at a time; then all meet.
+    // body(task) for the tasks of this phase that nobody has taken, `chunk` at a time; then waits for the others.
     template <class Body>
     void each(int64_t count, int64_t chunk, const Body& body) {
-        std::atomic<int64_t>& next = run.next[(size_t)phase++];
-        for (int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed); begin < count;
-             begin = next.fetch_add(chunk, std::memory_order_relaxed))
-            for (int64_t task = begin; task < begin + chunk && task < count; ++task) body(task);
-        run.barrier.wait(threads);
+        Phase& now = run.phases[(size_t)phase++];
+        if (run.crowded) sched_yield();  // better here than in the middle of a task, for which everybody would have to wait
+        int64_t mine = 0;
+        for (int64_t begin = now.next.fetch_add(chunk, std::memory_order_relaxed); begin < count;
+             begin = now.next.fetch_add(chunk, std::memory_order_relaxed))
+            for (int64_t task = begin; task < begin + chunk && task < count; ++task, ++mine) body(task);
+        now.finish(mine, count);
     }
 };
 
@@ -332,7 +356,6 @@ void walk(Run& run, int threads, int me) {
     if (s.num_rows == 0) return;
     walker.each(s.num_rows, 1, [&](int64_t r) { norm_row(run, m.final_norm, s.rows[r], r); });
     Largest* largest = s.greedy ? run.largest.data() + walker.me * s.num_rows : nullptr;
-    for (int64_t r = 0; s.greedy && r < s.num_rows; ++r) largest[r].clear();
     product(walker, m.head, run.w.x, nullptr, s.num_rows, 1, Predict{s, {m.head, s.logits}, largest});
     if (!s.greedy || walker.me != 0) return;
     for (int64_t r = 0; r < s.num_rows; ++r) {
@@ -386,8 +409,12 @@ int64_t tandem_step(const ModelArgs* model, const StepArgs* step) {
     clear_padding(run.w.inner, s.tokens, m.inner);
     clear_padding(run.w.rest, s.tokens, m.inner);
 #ifdef _OPENMP
+    Crowd::step_began();
 #pragma omp parallel num_threads((int)s.threads)
-    walk(run, omp_get_num_threads(), omp_get_thread_num());
+    {
+        walk(run, omp_get_num_threads(), omp_get_thread_num());
+        Crowd::step_ended();
+    }
 #else
     walk(run, 1, 0);
 #endif

@@ -72,10 +72,17 @@ class DecodeStart(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    FEED_ID_FIELD_NUMBER: _builtins.int
+    FEED_NUMBER_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     source: Global___PrefillSource.ValueType
     incarnation: _builtins.str
     """Incarnation of the decode worker that the caller means."""
+    feed_id: _builtins.str
+    """The feed that is to carry the tokens, and the caller's number of the request there. Empty, or a feed that isn't open: the
+    stream carries them itself.
+    """
+    feed_number: _builtins.int
     @_builtins.property
     def record(self) -> _types_pb2.Record: ...
     def __init__(
@@ -85,10 +92,12 @@ class DecodeStart(_message.Message):
         attempt: _builtins.int = ...,
         source: Global___PrefillSource.ValueType = ...,
         incarnation: _builtins.str = ...,
+        feed_id: _builtins.str = ...,
+        feed_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "incarnation", b"incarnation", "record", b"record", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "feed_id", b"feed_id", "feed_number", b"feed_number", "incarnation", b"incarnation", "record", b"record", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,17 +272,21 @@ class DecodeFinished(_message.Message):
 
     INDEX_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     finish_reason: _types_pb2.FinishReason.ValueType
+    num_tokens: _builtins.int
+    """Tokens of the output, those of the record included. With a feed the last of them may come after this."""
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         finish_reason: _types_pb2.FinishReason.ValueType = ...,
+        num_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "num_tokens", b"num_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -362,6 +375,75 @@ class DecodeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
+
+@_typing.final
+class WatchTokensRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEED_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    feed_id: _builtins.str
+    """Chosen by the caller, unlike any other's; 1 to 64 characters."""
+    incarnation: _builtins.str
+    """Incarnation of the decode worker that the caller means."""
+    def __init__(
+        self,
+        *,
+        feed_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feed_id", b"feed_id", "incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTokensRequest: _TypeAlias = WatchTokensRequest  # noqa: Y015
+
+@_typing.final
+class FeedTokens(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    DELTAS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    @_builtins.property
+    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenDelta]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        deltas: _abc.Iterable[_types_pb2.TokenDelta] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeedTokens: _TypeAlias = FeedTokens  # noqa: Y015
+
+@_typing.final
+class WatchTokensResponse(_message.Message):
+    """What all requests of the feed got since the last message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeedTokens]: ...
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___FeedTokens] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTokensResponse: _TypeAlias = WatchTokensResponse  # noqa: Y015
 
 @_typing.final
 class GetDecodeInfoRequest(_message.Message):

@@ -40,6 +40,11 @@ class DecodeServiceStub:
                 request_serializer=tandem_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.WatchTokens = channel.unary_stream(
+                '/tandem.v1.DecodeService/WatchTokens',
+                request_serializer=tandem_dot_v1_dot_decode__pb2.WatchTokensRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_decode__pb2.WatchTokensResponse.FromString,
+                _registered_method=True)
         self.GetDecodeInfo = channel.unary_unary(
                 '/tandem.v1.DecodeService/GetDecodeInfo',
                 request_serializer=tandem_dot_v1_dot_decode__pb2.GetDecodeInfoRequest.SerializeToString,
@@ -59,6 +64,16 @@ class DecodeServiceServicer:
     def Decode(self, request_iterator, context):
         """Runs one request. The stream is the lease: its end, however it comes, frees everything that this worker holds for the
         request. Ends with UNAVAILABLE and reason DRAINING when the worker is about to stop.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchTokens(self, request, context):
+        """A feed: the tokens of every request whose Start names it, one message a step rather than one a request and step. While it
+        is open the Decode streams of those requests carry everything else. A feed that ends before a request takes along what it
+        had not delivered: the caller then starts that request anew from its record. The first message is empty and says that the
+        feed is open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +99,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=tandem_dot_v1_dot_decode__pb2.DecodeRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_decode__pb2.DecodeResponse.SerializeToString,
+            ),
+            'WatchTokens': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTokens,
+                    request_deserializer=tandem_dot_v1_dot_decode__pb2.WatchTokensRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_decode__pb2.WatchTokensResponse.SerializeToString,
             ),
             'GetDecodeInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDecodeInfo,
@@ -124,6 +144,33 @@ class DecodeService:
             '/tandem.v1.DecodeService/Decode',
             tandem_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
             tandem_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.v1.DecodeService/WatchTokens',
+            tandem_dot_v1_dot_decode__pb2.WatchTokensRequest.SerializeToString,
+            tandem_dot_v1_dot_decode__pb2.WatchTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,12 @@ class DecodeServiceStub:
     """Runs one request. The stream is the lease: its end, however it comes, frees everything that this worker holds for the
     request. Ends with UNAVAILABLE and reason DRAINING when the worker is about to stop.
     """
+    WatchTokens: _grpc.UnaryStreamMultiCallable[_decode_pb2.WatchTokensRequest, _decode_pb2.WatchTokensResponse]
+    """A feed: the tokens of every request whose Start names it, one message a step rather than one a request and step. While it
+    is open the Decode streams of those requests carry everything else. A feed that ends before a request takes along what it
+    had not delivered: the caller then starts that request anew from its record. The first message is empty and says that the
+    feed is open.
+    """
     GetDecodeInfo: _grpc.UnaryUnaryMultiCallable[_decode_pb2.GetDecodeInfoRequest, _decode_pb2.GetDecodeInfoResponse]
     WatchDecodeLoad: _grpc.UnaryStreamMultiCallable[_decode_pb2.WatchDecodeLoadRequest, _decode_pb2.WatchDecodeLoadResponse]
     """The load now and after every change, at least once a second."""
@@ -49,6 +55,12 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     Decode: _aio.StreamStreamMultiCallable[_decode_pb2.DecodeRequest, _decode_pb2.DecodeResponse]  # type: ignore[assignment]
     """Runs one request. The stream is the lease: its end, however it comes, frees everything that this worker holds for the
     request. Ends with UNAVAILABLE and reason DRAINING when the worker is about to stop.
+    """
+    WatchTokens: _aio.UnaryStreamMultiCallable[_decode_pb2.WatchTokensRequest, _decode_pb2.WatchTokensResponse]  # type: ignore[assignment]
+    """A feed: the tokens of every request whose Start names it, one message a step rather than one a request and step. While it
+    is open the Decode streams of those requests carry everything else. A feed that ends before a request takes along what it
+    had not delivered: the caller then starts that request anew from its record. The first message is empty and says that the
+    feed is open.
     """
     GetDecodeInfo: _aio.UnaryUnaryMultiCallable[_decode_pb2.GetDecodeInfoRequest, _decode_pb2.GetDecodeInfoResponse]  # type: ignore[assignment]
     WatchDecodeLoad: _aio.UnaryStreamMultiCallable[_decode_pb2.WatchDecodeLoadRequest, _decode_pb2.WatchDecodeLoadResponse]  # type: ignore[assignment]
@@ -65,6 +77,18 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_decode_pb2.DecodeResponse], _abc.AsyncIterator[_decode_pb2.DecodeResponse]]:
         """Runs one request. The stream is the lease: its end, however it comes, frees everything that this worker holds for the
         request. Ends with UNAVAILABLE and reason DRAINING when the worker is about to stop.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchTokens(
+        self,
+        request: _decode_pb2.WatchTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_decode_pb2.WatchTokensResponse], _abc.AsyncIterator[_decode_pb2.WatchTokensResponse]]:
+        """A feed: the tokens of every request whose Start names it, one message a step rather than one a request and step. While it
+        is open the Decode streams of those requests carry everything else. A feed that ends before a request takes along what it
+        had not delivered: the caller then starts that request anew from its record. The first message is empty and says that the
+        feed is open.
         """
 
     @_abc_1.abstractmethod

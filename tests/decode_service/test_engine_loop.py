@@ -120,7 +120,7 @@ async def test_a_stream_joins_what_waits() -> None:
     stream.put(tokens(1, 2))
     stream.put(tokens(3, position=2))
     stream.put(tokens(4, index=1))
-    stream.put(Finished("a", 0, FinishReason.LENGTH))
+    stream.put(Finished("a", 0, FinishReason.LENGTH, 3))
     stream.pulse(7)
     stream.pulse(8)
     stream.answer(Retargeted(1, committed=True))

@@ -1,0 +1,28 @@
+"""How a worker's stream ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+from tandem.errors import DeadlineError, TandemError
+from tandem.service import status
+
+
+@dataclass(frozen=True)
+class Ended:
+    """`error` is None when all went well; `died` when the worker itself seems gone."""
+
+    error: TandemError | None = None
+    died: bool = False
+
+
+def ended_by(exc: grpc.aio.AioRpcError) -> Ended:
+    """A worker that answers sends details with its status; without them the transport speaks: the worker is gone."""
+    error = status.from_rpc_error(exc)
+    answered = any(key == status.DETAILS_KEY for key, _ in exc.trailing_metadata() or ())
+    if answered or isinstance(error, DeadlineError):
+        return Ended(error)
+    died = exc.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+    return Ended(error, died=died or exc.code() is grpc.StatusCode.INTERNAL)
