@@ -8,11 +8,12 @@ by `Outputs` -> all choices done, or `DecodeLost`. A prefill worker that fails b
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gateway.calls import Call, DecodeCall, FeedTokens, Inbox, Lease, PrefillCall
+from gateway.calls import Call, DecodeCall, Inbox, Lease, PrefillCall
 from gateway.config import Patience
 from gateway.dispatch import Ticket
 from gateway.ended import Ended
@@ -36,6 +37,14 @@ from tandem.v1 import decode_pb2, prefill_pb2
 _log = get_logger(__name__)
 
 REMOTE, LOCAL = decode_pb2.PREFILL_SOURCE_REMOTE, decode_pb2.PREFILL_SOURCE_LOCAL
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """What tokens of the feed leave to the request's own task: `choices` ended with them, or `error` with it all."""
+
+    choices: list[int] = field(default_factory=list)
+    error: Exception | None = None
 
 
 class DecodeLost(Exception):  # noqa: N818  # not an error for the client
@@ -69,7 +78,10 @@ class Attempt:
         self._pairing, self._patience, self._counted = pairing, patience, counted
         self._publish, self._admitted, self._prefill_died = publish, admitted, prefill_died
         self._inbox: Inbox = asyncio.Queue()
-        self._decode = DecodeCall(ticket.decode, self._inbox, **self._call_options)
+        self._decode = DecodeCall(ticket.decode, self._inbox, self._on_feed, **self._call_options)
+        self._context = contextvars.copy_context()
+        self._overtook: list[Any] = []
+        """Tokens on the feed that were faster than Admitted on the stream: they wait for it."""
         self._prefill: PrefillCall | None = None
         self._lease = Lease("", 1, 0, 0)
         self._aboard = False
@@ -101,22 +113,19 @@ class Attempt:
 
     async def _next(self) -> tuple[Call, Any]:
         """What comes next. Once the stream has ended only the feed's last tokens are awaited, and not for long."""
-        patience = self._patience.heartbeat_timeout if self._late else None
+        if not self._late:
+            return await self._inbox.get()
         try:
-            async with asyncio.timeout(patience):
-                return await self._inbox.get()
+            return await asyncio.wait_for(self._inbox.get(), self._patience.heartbeat_timeout)
         except TimeoutError:
-            if patience is None:
-                raise
             ended = Ended(UnavailableError("the last tokens did not come", reason="NO_HEARTBEAT"), died=True)
             raise DecodeLost(ended, self._decode.worker, heard=True, admitted=True) from None
 
     async def _handle(self, call: Call, message: Any) -> bool:
         """True when the request needs this worker no more."""
         if call is self._decode:
-            if isinstance(message, FeedTokens):
-                self._commit()
-                return await self._take(message.deltas)
+            if isinstance(message, _Fed):
+                return await self._on_fed(message)
             return self._decode_ended(message) if isinstance(message, Ended) else await self._on_decode(message)
         if call is self._prefill:
             if isinstance(message, Ended):
@@ -145,15 +154,48 @@ class Attempt:
 
     async def _take(self, deltas: Any) -> bool:
         """Publishes new tokens; ends at D what a stop string ended here. True when nothing is left to do."""
+        return await self._finish(self._accept(deltas))
+
+    def _accept(self, deltas: Any) -> list[int]:
+        """Publishes new tokens; returns the choices that ended with them."""
+        ended = []
         for delta in _plain(deltas):
             events = self._outputs.accept(delta)
             self._publish_all(events)
             if any(isinstance(event, Finished) for event in events):
-                if self._outputs.done:
-                    return True
-                if not self._late:
-                    await self._decode.finish(delta.index)
+                ended.append(delta.index)
+        return ended
+
+    async def _finish(self, choices: list[int]) -> bool:
+        """Ends choices at D, unless all is done or D ended them itself. True when nothing is left to do."""
+        if self._outputs.done:
+            return True
+        for index in choices:
+            if not self._late:
+                await self._decode.finish(index)
         return False
+
+    def _on_feed(self, deltas: Any) -> None:
+        """Called by the reader of the feed for each message: the way of nearly all tokens, so it wakes no task but the
+        writer's unless there is more to do.
+        """
+        if not self._aboard:
+            self._overtook.append(deltas)
+            return
+        try:
+            choices = self._context.run(self._accept, deltas)
+        except Exception as exc:  # it belongs to this request, not to the feed
+            self._inbox.put_nowait((self._decode, _Fed(error=exc)))
+            return
+        if choices or not self._committed:
+            self._inbox.put_nowait((self._decode, _Fed(choices)))
+
+    async def _on_fed(self, fed: _Fed) -> bool:
+        if fed.error is not None:
+            raise fed.error
+        self._commit()
+        # A worker that ended everything itself says one thing more: End, with what is counted.
+        return await self._finish(fed.choices) and (self._late or not self._outputs.ended_by_worker)
 
     def _publish_all(self, events: list[Delta | Finished]) -> None:
         for event in events:
@@ -175,6 +217,9 @@ class Attempt:
         self._admitted(self._decode.worker)
         self._count_cached(admitted.cached_tokens)
         self._lease = Lease(admitted.lease_id, admitted.attempt, admitted.needed_start, admitted.needed_end)
+        overtook, self._overtook = self._overtook, []
+        for deltas in overtook:
+            self._on_feed(deltas)
         if self._ticket.prefill is not None:
             self._start_prefill(self._ticket.prefill)
 

@@ -8,7 +8,7 @@ more comes. A stream that is silent for three heartbeats has failed, whatever it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,20 +90,15 @@ class Call:
             self._task.cancel()
 
 
-@dataclass(frozen=True)
-class FeedTokens:
-    """Tokens of a request that came on its worker's feed."""
-
-    deltas: Any
-    """repeated TokenDelta"""
-
-
 class DecodeCall(Call):
     """DecodeService.Decode, and the request's share of the worker's token feed when there is one."""
 
-    def __init__(self, worker: Worker, inbox: Inbox, *, deadline: float, silence: float) -> None:
-        """See `Call`."""
+    def __init__(
+        self, worker: Worker, inbox: Inbox, on_tokens: Callable[[Any], None], *, deadline: float, silence: float
+    ) -> None:
+        """See `Call`. `on_tokens` gets the deltas (protobuf) that come on the feed, without a way through the inbox."""
         super().__init__(worker, inbox, deadline=deadline, silence=silence)
+        self._on_tokens = on_tokens
         self._feed: TokenFeed | None = None
         self._number = 0
 
@@ -132,7 +127,7 @@ class DecodeCall(Call):
             self._inbox.put_nowait((self, message))
         else:
             self.heard = True
-            self._inbox.put_nowait((self, FeedTokens(message)))
+            self._on_tokens(message)
 
     def close(self) -> None:
         """Leaves the feed too."""

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 import grpc
 
-from tandem.errors import DeadlineError, TandemError
+from tandem.errors import DeadlineError, TandemError, UnavailableError
 from tandem.service import status
+
+
+class FeedLostError(UnavailableError):
+    """A worker's token feed ended. The worker itself may be well; if it isn't, its streams say so."""
+
+    default_reason = "FEED_LOST"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any
 
 import grpc
 
-from gateway.ended import Ended, ended_by
-from tandem.errors import InternalError, UnavailableError
+from gateway.ended import Ended, FeedLostError
 from tandem.service.logging import get_logger
 from tandem.v1 import decode_pb2
 
@@ -52,7 +51,7 @@ class TokenFeed:
         """Reads until the stream ends or the task is cancelled."""
         request = decode_pb2.WatchTokensRequest(feed_id=self.feed_id, incarnation=self.incarnation)
         rpc = self._stub.WatchTokens(request)
-        ended = Ended(UnavailableError("the token feed ended"))
+        why = "its stream ended"
         try:
             async for response in rpc:
                 self.ready = True
@@ -61,12 +60,12 @@ class TokenFeed:
                         member(tokens.deltas)
         except grpc.aio.AioRpcError as exc:
             self.unknown = exc.code() is grpc.StatusCode.UNIMPLEMENTED
-            ended = ended_by(exc)
+            why = f"{exc.code().name}: {exc.details()}"
         except Exception as exc:  # whatever it was: nobody may wait for tokens that don't come
             _log.error("a token feed can't be read", exc_info=exc)
-            ended = Ended(InternalError(f"a token feed can't be read: {exc}"))
+            why = f"it can't be read: {exc}"
         finally:
             rpc.cancel()
             self.ready, self.over = False, True
             for member in list(self._members.values()):
-                member(ended)
+                member(Ended(FeedLostError(f"the token feed was lost: {why}")))

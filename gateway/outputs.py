@@ -81,8 +81,8 @@ class Choice:
 
         Once they are all here, what was held back comes out, maybe with a stop string at its end.
         """
+        self.end = (reason, num_tokens)
         if num_tokens > len(self.token_ids):
-            self.end = (reason, num_tokens)
             return []
         result = self._matcher.push(self._detokenizer.flush())
         text, match = result.text, result.match
@@ -126,8 +126,13 @@ class Outputs:
         return [] if choice.reason is not None else choice.accept(delta)
 
     @property
+    def ended_by_worker(self) -> bool:
+        """True when a worker has said of every choice where it ends."""
+        return all(choice.end is not None for choice in self.choices)
+
+    @property
     def complete_soon(self) -> bool:
-        """True when a worker has said of every choice where it ends: only tokens on their way are lacking."""
+        """True when nothing is lacking but tokens that a worker has sent already."""
         return all(choice.reason is not None or choice.end is not None for choice in self.choices)
 
     def finish(self, index: int, reason: FinishReason, num_tokens: int = 0) -> list[Delta | Finished]:

@@ -15,6 +15,7 @@ from gateway.affinity import prefix_hashes
 from gateway.attempt import Attempt, DecodeLost
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
+from gateway.ended import FeedLostError
 from gateway.outputs import Outputs
 from gateway.pairing import Need, Pairing
 from gateway.plain import Admitted, Counted, Delta, Event, Finished, Job
@@ -149,7 +150,8 @@ class RequestRun:
             worker.draining = True
             self.counted.migrations += int(lost.heard)
             return
-        if isinstance(error, StaleError):
+        if isinstance(error, (StaleError, FeedLostError)):  # nothing against the worker, once it reports again
+            self.counted.migrations += int(lost.heard)
             worker.failed()
             self._spend(lost)
             return

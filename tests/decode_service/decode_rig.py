@@ -89,6 +89,7 @@ class Output:
 
     tokens: dict[int, dict[int, int]] = field(default_factory=dict)
     finished: dict[int, int] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
     heartbeats: list[int] = field(default_factory=list)
     retargeted: list[Any] = field(default_factory=list)
     end: Any = None
@@ -102,6 +103,7 @@ class Output:
                     assert known == token
         elif kind == "finished":
             self.finished[response.finished.index] = response.finished.finish_reason
+            self.counts[response.finished.index] = response.finished.num_tokens
         elif kind == "heartbeat":
             self.heartbeats.append(response.heartbeat.steps)
         elif kind == "retargeted":

@@ -128,7 +128,7 @@ class FakeWorker:
 
 
 class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
-    """Streams scripted tokens; `pause` seconds between them."""
+    """Streams scripted tokens, on feeds where they are opened; `pause` seconds between them."""
 
     role = types_pb2.WORKER_ROLE_DECODE
 
@@ -142,6 +142,13 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         self.retargets: list[decode_pb2.DecodeRetarget] = []
         self.finishes: list[int] = []
         self.tokens_sent = 0
+        self.has_feeds = True
+        self.feeds: dict[str, asyncio.Queue[decode_pb2.FeedTokens]] = {}
+        self.fed = 0
+        self.feed_open = asyncio.Event()
+        self.feed_open.set()
+        self.feed_dies_after: int | None = None
+        """Messages; the feed alone ends then."""
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, self.shell.server)
 
     async def GetDecodeInfo(self, request: Any, context: Any) -> Any:
@@ -150,6 +157,24 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
     async def WatchDecodeLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
         async for response in self.loads(decode_pb2.WatchDecodeLoadResponse):
             yield response
+
+    async def WatchTokens(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        if not self.has_feeds:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        assert request.incarnation == self.info.incarnation
+        queue = self.feeds[request.feed_id] = asyncio.Queue()
+        try:
+            yield decode_pb2.WatchTokensResponse()
+            while True:
+                tokens = await queue.get()
+                await self.feed_open.wait()
+                if self.feed_dies_after is not None and self.fed >= self.feed_dies_after:
+                    self.feed_dies_after = None
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+                self.fed += 1
+                yield decode_pb2.WatchTokensResponse(requests=[tokens])
+        finally:
+            del self.feeds[request.feed_id]
 
     async def Decode(self, requests: Any, context: Any) -> None:
         context = _OneWriter(context)
@@ -186,7 +211,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         tasks.append(asyncio.create_task(self._listen(requests, context, granted, finished)))
         tasks.append(asyncio.create_task(self._beat(context)))
         await granted.committed.wait()
-        await self._stream(record, context, finished)
+        await self._stream(start, context, finished)
         await context.write(decode_pb2.DecodeResponse(end=decode_pb2.DecodeEnd(preemptions=1)))
 
     async def _beat(self, context: Any) -> None:
@@ -213,7 +238,14 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
             if retarget.source == decode_pb2.PREFILL_SOURCE_LOCAL:
                 granted.committed.set()
 
-    async def _stream(self, record: types_pb2.Record, context: Any, finished: set[int]) -> None:
+    async def _send(self, start: Any, context: Any, delta: types_pb2.TokenDelta) -> None:
+        if (queue := self.feeds.get(start.feed_id)) is not None:
+            queue.put_nowait(decode_pb2.FeedTokens(number=start.feed_number, deltas=[delta]))
+        else:
+            await context.write(decode_pb2.DecodeResponse(tokens=decode_pb2.DecodeTokens(deltas=[delta])))
+
+    async def _stream(self, start: Any, context: Any, finished: set[int]) -> None:
+        record = start.record
         starts = [len(output.token_ids) for output in record.outputs]
         for i, output in enumerate(record.outputs):
             # The record must hold exactly what was given out.
@@ -231,7 +263,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
                 delta = types_pb2.TokenDelta(index=index, position=position, token_ids=[self.token(index, position)])
                 if record.HasField("logprobs"):
                     delta.logprobs.CopyFrom(_logprobs(delta.token_ids[0], record.logprobs))
-                await context.write(decode_pb2.DecodeResponse(tokens=decode_pb2.DecodeTokens(deltas=[delta])))
+                await self._send(start, context, delta)
                 self.tokens_sent += 1
             sent += 1
             await asyncio.sleep(self.pause)
@@ -239,7 +271,9 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
                 break
         for index in range(len(record.outputs)):
             if index not in finished:
-                done = decode_pb2.DecodeFinished(index=index, finish_reason=types_pb2.FINISH_REASON_LENGTH)
+                done = decode_pb2.DecodeFinished(
+                    index=index, finish_reason=types_pb2.FINISH_REASON_LENGTH, num_tokens=record.stopping.max_tokens
+                )
                 await context.write(decode_pb2.DecodeResponse(finished=done))
 
 
@@ -372,6 +406,7 @@ class Front:
         await until(
             lambda: sum(w.ready for w in pool.prefill) >= prefill and sum(w.ready for w in pool.decode) >= decode
         )
+        await until(lambda: all(w.feed and (w.feed.ready or w.feed.unknown) for w in pool.decode if w.ready))
 
     async def collect(self, call: Any) -> list[inference_pb2.GenerateStreamResponse]:
         responses = []
