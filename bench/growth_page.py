@@ -35,7 +35,9 @@ are of this very run:
   chip's peak is higher, so a step at this floor could still be made faster by a better product.
 
 What a step takes beyond its floor goes to norms, rotation, softmax, the threads' barriers, products that wait for
-weights and the host."""
+weights and the host.
+
+The same point in both tables, where there is one, shows how far the machine drifted meanwhile."""
 NOTE = "The upper line is the measured step, the lower one its floor. Points stand side by side, not to scale."
 
 
