@@ -1,6 +1,6 @@
 # Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
 .DEFAULT_GOAL := help
-.PHONY: help setup run test exact check bench bench-peers clean
+.PHONY: help setup run test exact check bench bench-growth bench-peers clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,9 @@ check: setup ## ruff, mypy strict, import-linter, buf lint, stub freshness
 
 bench: setup ## one JSON line per point: the engine alone, then through the gateway
 	@exec scripts/bench $(ARGS)
+
+bench-growth: setup ## one decode step over the batch and over the context, beside its floor
+	@exec .venv/bin/python -m bench.growth $(ARGS)
 
 bench-peers: setup ## beside OpenVINO, vLLM and llama.cpp on this machine, as ratios (PEERS=, ROUNDS=, POINTS=)
 	@exec .venv/bin/python -m bench.peers $(ARGS)

@@ -44,6 +44,8 @@ class FusedModel:
     kernel: Step
     nbytes: int
     """Bytes of all weights; tied ones count once."""
+    step_nbytes: int
+    """Bytes of those that every step reads in full: all but the tables of rotations and of untied embeddings."""
 
     def step(
         self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvTensor, rows: Tensor, greedy: Tensor | None = None

@@ -58,9 +58,10 @@ class _Int8Loader:
         final_norm = self._source.vector("model.norm.weight", config.hidden_size)
         self._source.refuse_unused()
         cos, sin = rope_tables(config.rope, self._engine.context_limit(config))
-        tensors = [t for t in (final_norm, table, cos, sin) if t is not None]
-        nbytes = head.nbytes + sum(t.nbytes for t in tensors) + sum(_layer_bytes(layer) for layer in layers)
-        return FusedModel(config, Step(step_shape(config), layers, final_norm, head, table, cos, sin), nbytes)
+        step_nbytes = head.nbytes + final_norm.nbytes + sum(_layer_bytes(layer) for layer in layers)
+        nbytes = step_nbytes + sum(t.nbytes for t in (table, cos, sin) if t is not None)
+        kernel = Step(step_shape(config), layers, final_norm, head, table, cos, sin)
+        return FusedModel(config, kernel, nbytes, step_nbytes)
 
     def _layer(self, index: int) -> StepLayer:
         config, at = self._config, f"model.layers.{index}"
