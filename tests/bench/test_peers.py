@@ -12,6 +12,7 @@ import pytest
 
 from bench.peers.environments import PeerError, run_logged
 from bench.peers.llamacpp import bench_command, link_libraries, read_rate
+from bench.peers.llamacpp_quality import read_figures
 from bench.peers.processes import Measurement, measure_points
 from bench.peers.session import measure
 from bench.peers.table import Comparison, System, as_json, markdown
@@ -146,3 +147,21 @@ def test_the_table_says_what_is_missing_and_why() -> None:
     assert "| **Tandem / best peer** | **0.75** | **4.00** | - |" in text
     assert "- absent: set-up failed: no such package" in text
     assert "- fast at pp512: exit 1: out of memory" in text
+
+
+def test_llama_perplexity_s_comparison_is_read() -> None:
+    output = """
+====== Perplexity statistics ======
+Mean PPL(Q)                   :  11.802345 \xb1   0.310000
+Mean PPL(base)                :  11.700000 \xb1   0.300000
+====== Token probability statistics ======
+Same top p: 97.123 \xb1 0.100 %
+"""
+    assert read_figures(output) == {
+        "perplexity_float32": 11.7,
+        "perplexity": 11.802345,
+        "greedy_agreement_percent": 97.123,
+        "change_percent": 0.875,
+    }
+    with pytest.raises(PeerError, match="greedy_agreement"):
+        read_figures(output.replace("Same", "Other"))
