@@ -78,7 +78,7 @@ class Panels:
                 self._arena.freeze()
             share.start()
         except OSError as error:
-            logger.warning("weights are not shared: %s", error)
+            _say_alone(error)
             share.close()
             return
         self._arena.when_freed(share.close)
@@ -97,11 +97,16 @@ class Panels:
             if share.manifest is not None:
                 self._known = _linears(share.manifest, self._shapes, arena)
         except (ConfigError, IncompatibleError) as error:
-            logger.warning("weights are not shared: %s", error)
+            _say_alone(error)
             share.close()
             self._share = None
             return None
         return arena
+
+
+def _say_alone(error: Exception) -> None:
+    # As text: a log record that somebody keeps must not keep the traceback's frames, and by them the memory.
+    logger.warning("weights are not shared: %s", str(error))
 
 
 def _manifest(linears: Mapping[str, Int8Linear]) -> dict[str, Panel]:

@@ -13,7 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from engine.batch import Batch, SampleSpec, Slice
 from engine.config import EngineConfig
 from engine.loading import Engine, load_engine
 from engine.models.panels import sharing_key
-from engine.models.tensors import most_bytes
+from engine.models.tensors import fused_shapes, most_bytes
 from engine.weights import model_id, read_config, sharing
 from engine.weights.sharing import Panel, Share
 from kernels.int8 import packed_bytes
@@ -184,48 +185,41 @@ def test_whom_it_waits_for_is_killed(folder: Path, want: list[float], monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("panel", "words"),
+    ("change", "words"),
     [
         (None, "other names"),
-        (Panel(0, 64, 1, 1, 8), "can't be: Panel"),
-        (Panel(0, packed_bytes(211, 96, 8) + 64, 211, 96, 8), "can't be: Panel"),
-        (Panel(1, packed_bytes(211, 96, 8), 211, 96, 8), "were taken at 1"),
+        ({"n": 212}, "weight head can't be: Panel"),
+        ({"nbytes": 64}, "weight head can't be: Panel"),
+        ({"bits": 5}, "weight head can't be: Panel"),
+        ({"offset": 1}, "were taken at 1"),
     ],
 )
 def test_weights_that_can_not_be_are_refused(
-    panel: Panel | None, words: str, folder: Path, want: list[float], caplog: pytest.LogCaptureFixture
+    change: dict[str, int] | None, words: str, folder: Path, want: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     """They say the right key and are sealed, and still are not these: the engine packs its own."""
     key, capacity = meeting(folder)
-    good = load(folder)
-    liar = sharing.join(key, capacity)
-    assert liar is not None
-    assert liar.manifest is not None
-    manifest = {**liar.manifest} if panel is not None else {}
-    liar.close()
-    if panel is not None:
-        manifest = {"head": panel, **{name: Panel(1 << 19, 0, 0, 0, 8) for name in manifest if name != "head"}}
-    del good
-    with claimed(key, capacity, manifest):
+    names = [name for name in fused_shapes(read_config(folder)) if name != "head"]
+    others = {name: Panel(capacity, 0, 0, 0, 8) for name in names}
+    head = replace(Panel(0, packed_bytes(211, 96), 211, 96, 8), **(change or {}))
+    with claimed(key, capacity, {} if change is None else {"head": head, **others}):
         engine = load(folder)
         assert answer(engine) == want
+        assert shared_memory() == {}
     assert words in caplog.text
-    assert shared_memory() == {}
 
 
 @contextmanager
-def claimed(key: str, capacity: int, manifest: dict[str, Panel]) -> Iterator[Share]:
-    """A first with this manifest."""
-    with ExitStack() as stack:
-        share = None
-        while share is None or share.manifest is not None:
-            # The thread of the engine that was dropped may still answer.
-            share = sharing.join(key, capacity)
-            assert share is not None
-            stack.callback(share.close)
+def claimed(key: str, capacity: int, manifest: dict[str, Panel]) -> Iterator[None]:
+    """Somebody is the first, with this manifest."""
+    share = sharing.join(key, capacity)
+    assert share is not None
+    try:
         share.publish(manifest)
         share.start()
-        yield share
+        yield
+    finally:
+        share.close()
 
 
 def test_a_model_that_does_not_load_keeps_nobody_waiting(folder: Path) -> None:
