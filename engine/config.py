@@ -133,6 +133,8 @@ class EngineConfig:
     """OpenMP threads; None: the machine's choice."""
     max_context: int | None = None
     """Lowers the model's own limit; None: the model's."""
+    share_weights: bool = True
+    """One copy of the packed weights for this user's processes on this machine (compute int8, Linux)."""
 
     def context_limit(self, model: ModelConfig) -> int:
         """The longest sequence in tokens that this engine serves of `model`."""
@@ -183,6 +185,7 @@ def resolve_engine_config(
         prefix_cache=_boolean(settings, "prefix_cache", True),
         threads=_optional_integer(settings, "threads", 1, 1024),
         max_context=_optional_integer(settings, "max_context", 1, 1 << 24),
+        share_weights=_boolean(settings, "share_weights", True),
     )
     return replace(config, num_blocks=_resolve_num_blocks(settings, config, model_config))
 

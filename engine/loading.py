@@ -10,13 +10,13 @@ import torch
 
 from engine.config import EngineConfig, ModelConfig, Settings, resolve_engine_config
 from engine.kv_cache import KVCache, kv_bytes
-from engine.models.fused import step_shape
+from engine.models.fused import FusedModel, step_shape
 from engine.models.int8_loader import load_int8_model
 from engine.models.loader import load_model
 from engine.models.numerics import numerics_id
-from engine.models.transformer import Progress
+from engine.models.transformer import Model, Progress
 from engine.runner import Runner
-from engine.weights import checkpoint_id, open_checkpoint
+from engine.weights import Checkpoint, checkpoint_id, open_checkpoint
 from kernels import dispatch
 from tandem.errors import ConfigError
 
@@ -74,9 +74,8 @@ def load_engine(
         logger.warning(NOT_INVARIANT_WARNING, implementation.name)
     checkpoint = open_checkpoint(engine_config.model)
     try:
-        load = load_int8_model if engine_config.compute == "int8" else load_model
-        model = load(checkpoint, engine_config, progress)
         identity = checkpoint_id(checkpoint)
+        model = _load_model(checkpoint, identity, engine_config, progress)
         model_config = checkpoint.config
     finally:
         checkpoint.close()
@@ -91,3 +90,11 @@ def load_engine(
         kv_cache=kv_cache,
         runner=Runner(model, kv_cache, engine_config),
     )
+
+
+def _load_model(
+    checkpoint: Checkpoint, identity: str, engine_config: EngineConfig, progress: Progress | None
+) -> Model | FusedModel:
+    if engine_config.compute != "int8":
+        return load_model(checkpoint, engine_config, progress)
+    return load_int8_model(checkpoint, engine_config, progress, identity if engine_config.share_weights else None)

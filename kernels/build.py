@@ -116,6 +116,12 @@ def _cache_key(source: Path, compiler: Compiler) -> str:
     return digest.hexdigest()[:24]
 
 
+def library_key(name: str) -> str:
+    """All that decides what the library of source `name` computes; empty without a compiler."""
+    compiler = find_compiler()
+    return "" if compiler is None else _cache_key(SOURCE_DIR / name, compiler)
+
+
 @contextlib.contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock between processes; the kernel drops it when the holder dies."""

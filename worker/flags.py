@@ -44,6 +44,11 @@ class Parser(argparse.ArgumentParser):
         add("--max-sequences", type=int, metavar="N", help=sequences)
         add("--transport", metavar="NAME", help="shm or grpc; default: whatever this machine can, best first")
         add("--no-prefix-cache", action="store_true", help="keep no blocks of finished requests")
+        add(
+            "--no-share-weights",
+            action="store_true",
+            help="hold weights of compute int8 in memory of this process only",
+        )
         add("--threads", type=int, metavar="N", help="compute threads")
         add("--drain-grace", type=float, default=30.0, metavar="SECONDS", help="time to finish requests after SIGTERM")
         add("--log-level", default="info", help=", ".join(LEVELS))
@@ -83,6 +88,7 @@ def _engine(values: argparse.Namespace) -> dict[str, object]:
         "max_step_tokens": values.chunk_size,
         "max_sequences": values.max_sequences,
         "prefix_cache": not values.no_prefix_cache,
+        "share_weights": not values.no_share_weights,
         "threads": values.threads,
     }
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
 from engine.models.fused import FusedModel, step_shape
+from engine.models.panels import Panels
 from engine.models.rope import rope_tables
-from engine.models.tensors import EMBEDDING, HEAD, TensorSource, load_side_by_side, most_bytes
+from engine.models.tensors import EMBEDDING, HEAD, TensorSource, load_side_by_side
 from engine.models.transformer import Progress
 from engine.weights.checkpoint import Checkpoint
-from kernels.int8 import GroupWeights, pack_int8, packed_bytes, quantize_weight
-from kernels.memory import Arena
+from kernels.int8 import GroupWeights, Int8Linear, quantize_weight
 from kernels.step import Step, StepLayer, StepLinear, gate_up_order
 
 FINE_FIRST: Final = 3
@@ -28,13 +28,25 @@ FINE_LAST: Final = 1
 
 
 def load_int8_model(
-    checkpoint: Checkpoint, engine_config: EngineConfig, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    engine_config: EngineConfig,
+    progress: Progress | None = None,
+    identity: str | None = None,
 ) -> FusedModel:
     """Load all weights. The checkpoint may be closed afterwards: nothing of the model lives in its map.
 
+    `identity`, the checkpoint's, lets processes that load the same share memory (see `engine.weights.sharing`).
+
     Raises ModelFormatError: a tensor is missing, has a wrong shape or type, or is one the architecture does not use.
     """
-    return _Int8Loader(checkpoint, engine_config).load(progress)
+    panels = Panels(checkpoint.config, identity)
+    try:
+        model = _Int8Loader(checkpoint, engine_config, panels).load(progress)
+    except BaseException:
+        panels.abandon()
+        raise
+    panels.finish()
+    return model
 
 
 def has_fine_down(index: int, num_layers: int) -> bool:
@@ -45,11 +57,11 @@ def has_fine_down(index: int, num_layers: int) -> bool:
 class _Int8Loader:
     """Life cycle: built, `load` once, thrown away."""
 
-    def __init__(self, checkpoint: Checkpoint, engine_config: EngineConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, engine_config: EngineConfig, panels: Panels) -> None:
         self._source = TensorSource(checkpoint, engine_config.model)
         self._engine = engine_config
         self._config: ModelConfig = checkpoint.config
-        self._arena = Arena(most_bytes(self._config, packed_bytes))
+        self._panels = panels
 
     def load(self, progress: Progress | None) -> FusedModel:
         """The whole model."""
@@ -71,13 +83,13 @@ class _Int8Loader:
         gates = {"gate_proj": inner, "up_proj": inner}
         return StepLayer(
             input_norm=vector(f"{at}.input_layernorm.weight", width),
-            qkv=self._linear(attention, {"q_proj": query, "k_proj": key, "v_proj": key}, width, bias),
+            qkv=self._linear(f"{index}.qkv", attention, {"q_proj": query, "k_proj": key, "v_proj": key}, width, bias),
             query_norm=vector(f"{attention}.q_norm.weight", dim) if config.qk_norm else None,
             key_norm=vector(f"{attention}.k_norm.weight", dim) if config.qk_norm else None,
-            output=self._linear(attention, {"o_proj": width}, query, config.attention_output_bias),
+            output=self._linear(f"{index}.output", attention, {"o_proj": width}, query, config.attention_output_bias),
             post_norm=vector(f"{at}.post_attention_layernorm.weight", width),
-            gate_up=self._linear(f"{at}.mlp", gates, width, config.mlp_bias, gate_up_order(inner)),
-            down=self._linear(f"{at}.mlp", {"down_proj": width}, inner, config.mlp_bias),
+            gate_up=self._linear(f"{index}.gate_up", f"{at}.mlp", gates, width, config.mlp_bias, gate_up_order(inner)),
+            down=self._linear(f"{index}.down", f"{at}.mlp", {"down_proj": width}, inner, config.mlp_bias),
             window=config.layer_window(index),
             fine_down=has_fine_down(index, config.num_layers),
         )
@@ -85,7 +97,7 @@ class _Int8Loader:
     def _head_and_table(self) -> tuple[StepLinear, Tensor | None]:
         shape = (self._config.vocab_size, self._config.hidden_size)
         tied = self._config.tie_embeddings
-        head = StepLinear(pack_int8([self._codes(EMBEDDING if tied else HEAD, shape)], arena=self._arena))
+        head = StepLinear(self._packed("head", {EMBEDDING if tied else HEAD: shape[0]}, shape[1]))
         if tied:
             self._source.use(HEAD)
             return head, None
@@ -94,19 +106,34 @@ class _Int8Loader:
         return head, table
 
     def _linear(
-        self, at: str, outputs: Mapping[str, int], inputs: int, with_bias: bool, order: Tensor | None = None
+        self,
+        name: str,
+        at: str,
+        outputs: Mapping[str, int],
+        inputs: int,
+        with_bias: bool,
+        order: Tensor | None = None,
     ) -> StepLinear:
         """The product of all `outputs` (part -> rows) fused, with their biases fused likewise, columns in `order`."""
-        parts = [self._codes(f"{at}.{part}.weight", (n, inputs)) for part, n in outputs.items()]
-        if len({part.bits for part in parts}) > 1:
-            parts = [part if part.bits == 8 else quantize_weight(part.dequantized()) for part in parts]
-        packed = pack_int8(parts, order, self._arena)
+        packed = self._packed(name, {f"{at}.{part}.weight": n for part, n in outputs.items()}, inputs, order)
         if not with_bias:
             return StepLinear(packed)
         bias = torch.cat([self._source.vector(f"{at}.{part}.bias", n) for part, n in outputs.items()])
         if order is not None:
             bias = torch.empty_like(bias).index_copy_(0, order, bias)
         return StepLinear(packed, bias)
+
+    def _packed(self, name: str, tensors: Mapping[str, int], inputs: int, order: Tensor | None = None) -> Int8Linear:
+        """`tensors` (name -> rows) fused; nothing of them is read where another process has packed them."""
+        received = self._panels.received(name)
+        if received is not None:
+            for tensor, n in tensors.items():
+                self._source.expect(tensor, (n, inputs))
+            return received
+        parts = [self._codes(tensor, (n, inputs)) for tensor, n in tensors.items()]
+        if len({part.bits for part in parts}) > 1:
+            parts = [part if part.bits == 8 else quantize_weight(part.dequantized()) for part in parts]
+        return self._panels.pack(name, parts, order)
 
     def _codes(self, name: str, shape: tuple[int, int]) -> GroupWeights:
         codes = self._source.codes(name, shape)

@@ -46,13 +46,23 @@ def _trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def most_bytes(config: ModelConfig, panels: Callable[[int, int], int]) -> int:
-    """Bytes of all packed weights at most, each at an aligned place; `panels` gives those of a weight [N, K]."""
+def fused_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Name -> [N, K] of every weight that loaders pack: layer by layer qkv, output, gate_up, down; then head."""
     width, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = [(query + 2 * key, width), (width, query), (2 * inner, width), (width, inner)]
-    layer = sum(panels(n, k) + ALIGNMENT for n, k in shapes)
-    return config.num_layers * layer + panels(config.vocab_size, width) + ALIGNMENT
+    layer = {
+        "qkv": (query + 2 * key, width),
+        "output": (width, query),
+        "gate_up": (2 * inner, width),
+        "down": (width, inner),
+    }
+    shapes = {f"{index}.{name}": shape for index in range(config.num_layers) for name, shape in layer.items()}
+    return {**shapes, "head": (config.vocab_size, width)}
+
+
+def most_bytes(config: ModelConfig, panels: Callable[[int, int], int]) -> int:
+    """Bytes of all packed weights at most, each at an aligned place; `panels` gives those of a weight [N, K]."""
+    return sum(panels(n, k) + ALIGNMENT for n, k in fused_shapes(config).values())
 
 
 L = TypeVar("L")
@@ -94,6 +104,10 @@ class TensorSource:
         """The tensor as the checkpoint gives it. Raises ModelFormatError when it is missing or of another shape."""
         self._check(name, shape)
         return self._checkpoint.tensor(name)
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """As `take`, but nothing is read: somebody else has read it."""
+        self._check(name, shape)
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         found = self._checkpoint.shape(name)

@@ -89,6 +89,14 @@ from tandem.supervisor.supervisor import Supervisor
     help="Keep no KV blocks of finished requests.",
 )
 @click.option(
+    "--no-share-weights",
+    "share_weights",
+    flag_value=False,
+    default=True,
+    type=bool,
+    help="Let each worker hold its own copy of the weights (int8 workers of one machine share them).",
+)
+@click.option(
     "--local-prefill-threshold",
     type=int,
     metavar="TOKENS",

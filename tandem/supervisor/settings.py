@@ -54,6 +54,7 @@ class UpSettings:
     max_sequences: int | None = None
     threads: int | None = None
     prefix_cache: bool = True
+    share_weights: bool = True
     drain_grace: float = 10.0
     local_prefill_threshold: int | None = None
     max_queue: int | None = None
@@ -108,7 +109,8 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--drain-grace": settings.drain_grace,
         "--log-level": settings.log_level,
     }
-    return _flags(values) + ([] if settings.prefix_cache else ["--no-prefix-cache"])
+    switches = {"--no-prefix-cache": settings.prefix_cache, "--no-share-weights": settings.share_weights}
+    return _flags(values) + [flag for flag, on in switches.items() if not on]
 
 
 def gateway_arguments(settings: UpSettings, listen: Address, http: Address, workers_file: Path) -> list[str]:

@@ -15,6 +15,8 @@ def test_defaults_and_values() -> None:
     flags = parse_flags(["--model", "m.gguf", "--chunk-size", "7", "--no-prefix-cache", "--drain-grace", "2.5"])
     assert flags.engine["max_step_tokens"] == 7
     assert flags.engine["prefix_cache"] is False
+    assert flags.engine["share_weights"] is True
+    assert parse_flags(["--model", "m", "--no-share-weights"]).engine["share_weights"] is False
     assert flags.listen == "127.0.0.1:0"
     assert flags.drain_grace == 2.5
     assert "grpc" in flags.transports

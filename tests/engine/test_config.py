@@ -80,6 +80,7 @@ def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"block_size": True}, "block_size: True is not an integer"),
         ({"max_step_tokens": "many"}, "max_step_tokens: 'many' is not an integer"),
         ({"prefix_cache": "no"}, "prefix_cache: 'no' is not true or false"),
+        ({"share_weights": 1}, "share_weights: 1 is not true or false"),
         ({"threads": 0}, "threads: 0 is not an integer between 1 and 1024"),
         ({"num_blocks": 5, "kv_memory": 5}, "give num_blocks or kv_memory, not both"),
         ({"kv_memory": 5}, "kv_memory: needs the model's shape"),

@@ -92,13 +92,13 @@ async def test_starts_serves_and_stops_in_order(up: Up, fake_services: Path) -> 
 
 async def test_flags_reach_the_workers(up: Up, fake_services: Path) -> None:
     """Only flags that were given are passed, so that a worker's defaults hold."""
-    supervisor = up(compute="exact", block_size=32, prefix_cache=False)
+    supervisor = up(compute="exact", block_size=32, prefix_cache=False, share_weights=False)
     await supervisor.start()
     (decode,) = events(fake_services, event="start", role="decode")
     flags = decode["argv"]
     assert flags[flags.index("--compute") + 1] == "exact"
     assert flags[flags.index("--block-size") + 1] == "32"
-    assert "--no-prefix-cache" in flags
+    assert {"--no-prefix-cache", "--no-share-weights"} <= set(flags)
     assert "--num-blocks" not in flags
 
 
