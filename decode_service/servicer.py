@@ -17,6 +17,7 @@ import grpc
 
 from decode_service import messages
 from decode_service.events import Admission
+from decode_service.feeds import Feed
 from decode_service.streams import OutputStream, Retargeted
 from decode_service.worker import HEARTBEAT_SECONDS, DecodeWorker
 from kv_transfer.leases import Lease
@@ -77,16 +78,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             finally:
                 self._worker.close_stream(key, call.lease)
 
-    async def WatchTokens(  # noqa: N802
+    async def WatchTokens(  # type: ignore[override]  # noqa: N802
         self, request: decode_pb2.WatchTokensRequest, context: Context
-    ) -> AsyncIterator[decode_pb2.WatchTokensResponse]:
+    ) -> None:
         """See proto/tandem/v1/decode.proto."""
         self._worker.identity.check_incarnation(request.incarnation)
         self._worker.check_open()
         with self._worker.feeds.opened(request.feed_id) as feed:
-            yield decode_pb2.WatchTokensResponse()
-            while True:
-                yield messages.feed_to_pb(await feed.get())
+            await context.write(decode_pb2.WatchTokensResponse())
+            await _until_first(asyncio.create_task(_write_feed(feed, context)), feed.overflowed)
 
     async def GetDecodeInfo(  # noqa: N802
         self, request: decode_pb2.GetDecodeInfoRequest, context: Context
@@ -139,17 +139,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     async def _serve(self, call: _Call, requests: Requests, context: Context) -> None:
         """Writes and reads until the end, or until the stream fails, even while a write is held up by the client."""
-        writer = asyncio.create_task(_write(call.stream, context))
         reader = asyncio.create_task(self._read(call, requests))
         try:
-            await asyncio.wait({writer, call.stream.failed}, return_when=asyncio.FIRST_COMPLETED)
-            if call.stream.failed.done():
-                call.stream.failed.result()
-            await writer
+            await _until_first(asyncio.create_task(_write(call.stream, context)), call.stream.failed)
         finally:
-            for task in (reader, writer):
-                task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(self, call: _Call, requests: Requests) -> None:
         """Takes commands until the client closes its half. A bad one ends the request."""
@@ -228,6 +223,24 @@ async def _write(stream: OutputStream, context: Context) -> None:
             await context.write(response)
             if response.WhichOneof("event") == "end":
                 return
+
+
+async def _write_feed(feed: Feed, context: Context) -> None:
+    """Sends what waits, until the feed's error."""
+    while True:
+        await context.write(messages.feed_to_pb(await feed.get()))
+
+
+async def _until_first(writer: asyncio.Task[None], failed: asyncio.Future[None]) -> None:
+    """Until the writer is through, or `failed` has its exception, even while a write is held up by the client."""
+    try:
+        await asyncio.wait({writer, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            failed.result()
+        await writer
+    finally:
+        writer.cancel()
+        await asyncio.gather(writer, return_exceptions=True)
 
 
 async def _quiet(lease: Lease) -> None:

@@ -8,7 +8,9 @@ than `limit` tokens wait, the buffer is dropped and the stream fails with SLOW_R
 from __future__ import annotations
 
 import asyncio
+from collections.abc import MutableSequence
 from dataclasses import dataclass
+from typing import Any
 
 from decode_service.events import Ended, Event, Finished, Tokens
 from tandem.errors import OverloadedError, TandemError
@@ -36,6 +38,23 @@ class Retargeted:
 Item = TokenDelta | Finished | Ended | Pulse | Retargeted
 DEFAULT_LIMIT = 4096
 """Tokens that may wait for one client."""
+
+
+def join(items: MutableSequence[Any], delta: TokenDelta) -> None:
+    """Adds `delta` behind `items`, to the last of them when that is of the same output."""
+    last = items[-1] if items else None
+    if isinstance(last, TokenDelta) and last.index == delta.index:
+        last.token_ids.extend(delta.token_ids)
+        last.logprobs.extend(delta.logprobs)
+    else:
+        items.append(delta)
+
+
+def slow_reader(who: str, limit: int) -> OverloadedError:
+    """What ends a buffer with more than `limit` tokens."""
+    return OverloadedError(
+        f"{who} reads too slowly: more than {limit} tokens wait for it", retry_after=None, reason="SLOW_READER"
+    )
 
 
 class OutputStream:
@@ -90,24 +109,13 @@ class OutputStream:
 
     def _added(self) -> None:
         if self._waiting > self._limit:
-            self.fail(
-                OverloadedError(
-                    f"the client reads too slowly: more than {self._limit} tokens wait for it",
-                    retry_after=None,
-                    reason="SLOW_READER",
-                )
-            )
+            self.fail(slow_reader("the client", self._limit))
         self._ready.set()
 
     def _append(self, delta: TokenDelta) -> None:
         """Joins consecutive tokens of an output while nobody takes them."""
         self._waiting += len(delta.token_ids)
-        last = self._items[-1] if self._items else None
-        if isinstance(last, TokenDelta) and last.index == delta.index:
-            last.token_ids.extend(delta.token_ids)
-            last.logprobs.extend(delta.logprobs)
-        else:
-            self._items.append(delta)
+        join(self._items, delta)
 
     def fail(self, error: TandemError) -> None:
         """End the stream with an error; what waits in it is dropped. The first error stays."""

@@ -61,7 +61,6 @@ class DecodeWorker(Worker[OutputStream]):
         """End everything at once; idempotent."""
         self.draining = self.stopping = True
         self._wake_watchers()
-        self.feeds.close(self.stopped_error())
         if self._pulse_task is not None:
             self._pulse_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -69,6 +68,7 @@ class DecodeWorker(Worker[OutputStream]):
             self._pulse_task = None
         self.leases.close_all()
         await self.engine.stop()
+        self.feeds.close(self.stopped_error())  # behind the last tokens
 
     def open_stream(self, feed_id: str = "", feed_number: int = 0) -> tuple[str, OutputStream]:
         """A place for a new request's output and its key; tokens go to the feed while it is open. Raises

@@ -16,7 +16,7 @@ from typing import Any
 from gateway.calls import Call, DecodeCall, Inbox, Lease, PrefillCall
 from gateway.config import Patience
 from gateway.dispatch import Ticket
-from gateway.ended import Ended
+from gateway.ended import Ended, FeedLostError
 from gateway.outputs import Outputs
 from gateway.pairing import Need, Pairing
 from gateway.plain import Counted, Delta, Finished, Job
@@ -36,6 +36,8 @@ from tandem.v1 import decode_pb2, prefill_pb2
 
 _log = get_logger(__name__)
 
+LAST_WORDS_SECONDS = 0.5
+"""How long a stream may take to end behind its worker's feed, or to go on without it."""
 REMOTE, LOCAL = decode_pb2.PREFILL_SOURCE_REMOTE, decode_pb2.PREFILL_SOURCE_LOCAL
 
 
@@ -89,6 +91,8 @@ class Attempt:
         self._committed = False
         self._late = False
         """The stream has ended well, and the feed's last tokens are on their way."""
+        self._bound: tuple[float, Ended] | None = None
+        """When (the loop's clock) to stop waiting for what should come soon, and how the worker was lost then."""
         self._failed_prefills: set[str] = set()
         self._tries = 0
 
@@ -99,6 +103,7 @@ class Attempt:
     async def run(self) -> None:
         """Returns when all choices are done. Raises DecodeLost, or a TandemError that is the client's to know."""
         try:
+            self._outputs.restart()
             record = self._outputs.record(self._ticket.decode.info.model_id)
             await self._decode.start(record, REMOTE if self._ticket.prefill else LOCAL)
             over = False
@@ -112,21 +117,31 @@ class Attempt:
             self._ticket.release()
 
     async def _next(self) -> tuple[Call, Any]:
-        """What comes next. Once the stream has ended only the feed's last tokens are awaited, and not for long."""
-        if not self._late:
+        """What comes next. Of a stream and a feed, when one has ended the other is not awaited for long."""
+        if self._bound is None:
             return await self._inbox.get()
+        limit, ended = self._bound
         try:
-            return await asyncio.wait_for(self._inbox.get(), self._patience.heartbeat_timeout)
+            async with asyncio.timeout_at(limit):
+                return await self._inbox.get()
         except TimeoutError:
-            ended = Ended(UnavailableError("the last tokens did not come", reason="NO_HEARTBEAT"), died=True)
-            raise DecodeLost(ended, self._decode.worker, heard=True, admitted=True) from None
+            raise self._lost(ended) from None
+
+    def _lost(self, ended: Ended) -> DecodeLost:
+        return DecodeLost(ended, self._decode.worker, heard=self._decode.heard, admitted=self._aboard)
+
+    def _wait_at_most(self, seconds: float, ended: Ended) -> None:
+        self._bound = asyncio.get_running_loop().time() + seconds, ended
 
     async def _handle(self, call: Call, message: Any) -> bool:
         """True when the request needs this worker no more."""
         if call is self._decode:
             if isinstance(message, _Fed):
                 return await self._on_fed(message)
-            return self._decode_ended(message) if isinstance(message, Ended) else await self._on_decode(message)
+            if isinstance(message, Ended):
+                lost_feed = isinstance(message.error, FeedLostError)
+                return self._feed_ended(message) if lost_feed else self._decode_ended(message)
+            return await self._on_decode(message)
         if call is self._prefill:
             if isinstance(message, Ended):
                 await self._prefill_ended(message)
@@ -144,6 +159,7 @@ class Attempt:
         elif kind == "retargeted":
             self._on_retargeted(response.retargeted)
         elif kind == "finished":
+            self._commit()
             finished = response.finished
             reason = wire.finish_reason_from_pb(finished.finish_reason) or FinishReason.STOP
             self._publish_all(self._outputs.finish(finished.index, reason, finished.num_tokens))
@@ -167,11 +183,11 @@ class Attempt:
         return ended
 
     async def _finish(self, choices: list[int]) -> bool:
-        """Ends choices at D, unless all is done or D ended them itself. True when nothing is left to do."""
+        """Ends choices at D that D didn't end itself. True when nothing is left to do."""
         if self._outputs.done:
             return True
         for index in choices:
-            if not self._late:
+            if not self._outputs.choices[index].told:
                 await self._decode.finish(index)
         return False
 
@@ -205,12 +221,25 @@ class Attempt:
         """The end is good when every choice was done, even if the worker died right after."""
         if self._outputs.done:
             return True
-        if ended.error is None and self._decode.fed and self._outputs.complete_soon:
+        if ended.error is None and self._bound is None and self._decode.fed and self._outputs.complete_soon:
             self._late = True
+            lost = Ended(FeedLostError("the last tokens did not come on the token feed"))
+            self._wait_at_most(self._patience.heartbeat_timeout, lost)
             return False
+        if ended.error is None and self._bound is not None:
+            ended = self._bound[1]
         if ended.error is None:
             ended = Ended(InternalError("a decode worker ended a stream before its outputs"))
-        raise DecodeLost(ended, self._decode.worker, heard=self._decode.heard, admitted=self._aboard)
+        raise self._lost(ended)
+
+    def _feed_ended(self, ended: Ended) -> bool:
+        """Tokens may be missing. Whether the worker itself is gone its stream tells, at about the same time."""
+        if self._outputs.done:
+            return True
+        if self._late:
+            raise self._lost(ended)
+        self._wait_at_most(LAST_WORDS_SECONDS, ended)
+        return False
 
     def _on_admitted(self, admitted: decode_pb2.DecodeAdmitted) -> None:
         self._aboard = True

@@ -1,8 +1,9 @@
 """One RPC to a worker as a source of events.
 
-Life cycle of a `Call`: made -> `start()` opens the RPC and a task that reads it -> every response goes to the inbox
-as (call, response), the end as (call, Ended) exactly once -> `close()` at any time ends the RPC at once, and nothing
-more comes. A stream that is silent for three heartbeats has failed, whatever its socket says.
+Life cycle of a `Call`: made -> `start()` opens the RPC and a task that reads it -> every response goes to the inbox as
+(call, response), the end as (call, Ended) exactly once -> `close()` at any time ends the RPC at once, and nothing more
+comes. The end of a decode worker's feed comes as (call, Ended) too, with FeedLostError. A stream that is silent for
+three heartbeats has failed, whatever its socket says.
 """
 
 from __future__ import annotations

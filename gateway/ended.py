@@ -11,7 +11,9 @@ from tandem.service import status
 
 
 class FeedLostError(UnavailableError):
-    """A worker's token feed ended. The worker itself may be well; if it isn't, its streams say so."""
+    """A worker's token feed ended, or is late. The worker itself may be well: if it isn't, its streams say so, and for
+    that they are given a moment.
+    """
 
     default_reason = "FEED_LOST"
 

@@ -50,9 +50,9 @@ class TokenFeed:
     async def run(self) -> None:
         """Reads until the stream ends or the task is cancelled."""
         request = decode_pb2.WatchTokensRequest(feed_id=self.feed_id, incarnation=self.incarnation)
-        rpc = self._stub.WatchTokens(request)
-        why = "its stream ended"
+        rpc, why = None, "its stream ended"
         try:
+            rpc = self._stub.WatchTokens(request)
             async for response in rpc:
                 self.ready = True
                 for tokens in response.requests:
@@ -61,11 +61,14 @@ class TokenFeed:
         except grpc.aio.AioRpcError as exc:
             self.unknown = exc.code() is grpc.StatusCode.UNIMPLEMENTED
             why = f"{exc.code().name}: {exc.details()}"
+            if not self.unknown:
+                _log.warning("token feed lost", incarnation=self.incarnation, members=len(self._members), reason=why)
         except Exception as exc:  # whatever it was: nobody may wait for tokens that don't come
             _log.error("a token feed can't be read", exc_info=exc)
             why = f"it can't be read: {exc}"
         finally:
-            rpc.cancel()
+            if rpc is not None:
+                rpc.cancel()
             self.ready, self.over = False, True
             for member in list(self._members.values()):
                 member(Ended(FeedLostError(f"the token feed was lost: {why}")))

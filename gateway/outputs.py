@@ -35,6 +35,11 @@ class Choice:
         self._detokenizer = Detokenizer(tokenizer, skip_special=job.skip_special)
         self._matcher = StopMatcher(job.stop, include=job.include_stop)
 
+    @property
+    def told(self) -> bool:
+        """True when the worker has said where this output ends."""
+        return self.end is not None
+
     def accept(self, delta: TokenDelta) -> list[Delta | Finished]:
         """Events for the tokens of `delta` that are new, at most up to a stop string."""
         self._file(delta)
@@ -128,12 +133,17 @@ class Outputs:
     @property
     def ended_by_worker(self) -> bool:
         """True when a worker has said of every choice where it ends."""
-        return all(choice.end is not None for choice in self.choices)
+        return all(choice.told for choice in self.choices)
 
     @property
     def complete_soon(self) -> bool:
         """True when nothing is lacking but tokens that a worker has sent already."""
-        return all(choice.reason is not None or choice.end is not None for choice in self.choices)
+        return all(choice.reason is not None or choice.told for choice in self.choices)
+
+    def restart(self) -> None:
+        """Another worker begins: what the last one said of ends that it didn't deliver counts no more."""
+        for choice in self.choices:
+            choice.end = None
 
     def finish(self, index: int, reason: FinishReason, num_tokens: int = 0) -> list[Delta | Finished]:
         """A worker says that a choice is complete with its first `num_tokens` tokens (0: those that are here)."""

@@ -151,9 +151,10 @@ class RequestRun:
             self.counted.migrations += int(lost.heard)
             return
         if isinstance(error, (StaleError, FeedLostError)):  # nothing against the worker, once it reports again
-            self.counted.migrations += int(lost.heard)
             worker.failed()
-            self._spend(lost)
+            if lost.heard or isinstance(error, StaleError):
+                self.counted.migrations += int(lost.heard)
+                self._spend(lost)
             return
         if not _may_move(lost):
             raise error

@@ -25,6 +25,8 @@ _log = get_logger(__name__)
 
 INFO_TIMEOUT = 3.0
 RETRY_PAUSE = 0.2
+FEED_PAUSE = 0.5
+"""Least seconds between two feeds of one worker."""
 
 
 class Worker:
@@ -56,6 +58,7 @@ class Worker:
         self._foreign = 0
         self.feed: TokenFeed | None = None
         """Of a decode worker, once it was opened."""
+        self._next_feed = 0.0
         self._feed_tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -122,8 +125,11 @@ class Worker:
         """Opens a feed for this incarnation, and another when it ended. A feed outlives the watch: requests do."""
         if self.role != "decode" or self.draining:
             return
-        feed = self.feed
-        if feed is None or feed.incarnation != self.info.incarnation or (feed.over and not feed.unknown):
+        feed, now = self.feed, asyncio.get_running_loop().time()
+        if feed is not None and feed.incarnation == self.info.incarnation and (not feed.over or feed.unknown):
+            return
+        if now >= self._next_feed:
+            self._next_feed = now + FEED_PAUSE
             self.feed = TokenFeed(self.stub, self.info.incarnation)
             task = asyncio.create_task(self.feed.run(), name=f"token feed of {self.address}")
             self._feed_tasks.add(task)

@@ -14,7 +14,7 @@ import functools
 import torch
 
 from kernels import build, check, dispatch
-from kernels.kv_order import PAIRED, PLAIN, best_order
+from kernels.kv_order import PAIRED, PLAIN, check_order
 from tandem.errors import InternalError
 
 MAX_HEAD_DIM = 256
@@ -58,8 +58,9 @@ def paged_attention(
     Raises InternalError for wrong shapes, dtypes or orders, impossible lengths, or a needed block that is outside the
     cache.
     """
-    if order == PAIRED and not (rounded and best_order(kv_layer.dtype, kv_layer.shape[-2], q.shape[-1]) == PAIRED):
-        raise InternalError("a cache in paired order needs rounded attention, and a machine and a shape that have that")
+    check_order(order, kv_layer.dtype, kv_layer.shape[-2], kv_layer.shape[-1])
+    if order == PAIRED and not rounded:
+        raise InternalError("a cache in paired order needs rounded attention")
     block_stride, block_size = _check_shapes(q, kv_layer, block_tables, query_starts, context_lens, sliding_window)
     if out is None:
         out = torch.empty_like(q)

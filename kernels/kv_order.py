@@ -15,6 +15,7 @@ import functools
 import torch
 
 from kernels import build
+from tandem.errors import InternalError
 
 PLAIN = "plain"
 PAIRED = "paired"
@@ -33,6 +34,15 @@ def best_order(dtype: torch.dtype, block_size: int, head_dim: int) -> str:
     """The order that attention with `rounded` is fastest with, on this machine."""
     fits = dtype is torch.bfloat16 and block_size % POSITIONS == 0 and multiplies_pairs(head_dim)
     return PAIRED if fits else PLAIN
+
+
+def check_order(order: str, dtype: torch.dtype, block_size: int, head_dim: int) -> None:
+    """Raise InternalError for an order that is unknown, or paired where `best_order` says plain."""
+    if order != PLAIN and order != best_order(dtype, block_size, head_dim):
+        raise InternalError(
+            f"KV order {order!r} can't be had here: {dtype}, blocks of {block_size}, heads of {head_dim}; allowed are "
+            f"{PLAIN}, and {PAIRED} with bfloat16, blocks of a multiple of {POSITIONS} and a CPU that multiplies pairs"
+        )
 
 
 def to_paired(plain: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 // A whole step of a transformer with int8 products: embedding to logits in one parallel region; see kernels/step.py.
 //
-// Phases, with a barrier behind each: norm (and quantise) -> q, k, v -> rotate and cache -> attend (and quantise) -> output product, added
+// Phases, each begun when all tasks of the one before are done: norm (and quantise) -> q, k, v -> rotate and cache -> attend (and quantise) -> output product, added
 // to the residual -> norm -> gate and up, silu, quantise -> down product, added to the residual. Threads take tasks of a phase one by
 // one. A row goes through the same operations in the same order whatever the other rows, the tiles and the threads are.
 
@@ -52,11 +52,13 @@ public:
     }
     // By each thread at its end of the step.
     static void step_ended() {
+#ifdef RUSAGE_THREAD
         thread_local long before = 0;
         struct rusage usage;
         if (getrusage(RUSAGE_THREAD, &usage) != 0) return;
         if (usage.ru_nivcsw != before) steps_left.store(STEPS, std::memory_order_relaxed);
         before = usage.ru_nivcsw;
+#endif
     }
 
 private:

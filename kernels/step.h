@@ -29,7 +29,8 @@ struct StepArgs {
     const int32_t *tables, *query_starts, *context_lens;
     int64_t tokens, sequences, table_stride;
     void* cache;  // layer 0 of block 0
-    int64_t layer_stride, block_stride, num_blocks, block_size, is_bf16, paired;  // strides in elements
+    int64_t layer_stride, block_stride, num_blocks, block_size;  // strides in elements
+    int64_t is_bf16, paired;
     const int64_t* rows;                                                  // whose logits are wanted
     int64_t num_rows;
     const uint8_t* greedy;  // [num_rows] or null: 1 where only the largest logit is wanted

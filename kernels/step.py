@@ -18,7 +18,7 @@ import torch
 from kernels import build, check
 from kernels.attention import MAX_GROUP, MAX_HEAD_DIM
 from kernels.int8 import GROUP, Int8Linear, MatrixArgs
-from kernels.kv_order import PAIRED, PLAIN
+from kernels.kv_order import PAIRED, PLAIN, check_order
 from tandem.errors import InternalError
 
 MAX_HIDDEN = 1 << 15
@@ -235,6 +235,9 @@ class Step:
         The result is valid until the next `run`. Raises InternalError when something is out of range; then nothing was
         written.
         """
+        check_order(order, cache.dtype, cache.shape[4], cache.shape[5])
+        if greedy is not None or best is not None:
+            _check_greedy(greedy, best, rows.shape[0])
         logits = self._logits_of(rows.shape[0])
         step = _StepArgs(
             token_ids.data_ptr(),
@@ -255,7 +258,7 @@ class Step:
             order == PAIRED,
             rows.data_ptr(),
             rows.shape[0],
-            None if greedy is None or best is None else greedy.data_ptr(),
+            None if greedy is None else greedy.data_ptr(),
             None if best is None else best.data_ptr(),
             logits.data_ptr(),
             self._memory(token_ids.shape[0], rows.shape[0]),
@@ -278,6 +281,13 @@ class Step:
         if self._workspace.nbytes < size:
             self._workspace = torch.empty(size, dtype=torch.uint8)
         return -(-self._workspace.data_ptr() // 64) * 64
+
+
+def _check_greedy(greedy: torch.Tensor | None, best: torch.Tensor | None, rows: int) -> None:
+    if greedy is None or best is None:
+        raise InternalError("greedy and best go together")
+    check.vector("greedy", greedy, torch.uint8, rows)
+    check.vector("best", best, torch.int64, rows)
 
 
 def _layer_args(layer: StepLayer) -> _LayerArgs:

@@ -62,7 +62,7 @@ def measure(model: Path, tokens: int) -> dict[str, float]:
         folder = Path(name)
         (folder / "text").write_text(text, encoding="utf-8")
         _run([programs / "llama-quantize", "--allow-requantize", model, folder / "float32.gguf", "F32"])
-        common = ["-f", folder / "text", "-c", str(WINDOW), "-t", str(len(cpus()))]
+        common: list[str | Path] = ["-f", folder / "text", "-c", str(WINDOW), "-t", str(len(cpus()))]
         common += ["--kl-divergence-base", folder / "base"]
         _run([programs / "llama-perplexity", "-m", folder / "float32.gguf", *common])
         return read_figures(_run([programs / "llama-perplexity", "-m", model, *common, "--kl-divergence"]))

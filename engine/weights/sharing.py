@@ -218,6 +218,7 @@ def _join(key: str, capacity: int, deadline: float) -> Share:
         sock.close()
         if time.monotonic() >= deadline:
             raise TimeoutError("every process that began to pack them ended")
+        time.sleep(_PAUSE_SECONDS)  # turned away, perhaps for good: no busy loop
 
 
 def _await_memory(sock: socket.socket) -> int | None:

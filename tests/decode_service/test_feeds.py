@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import grpc
 import pytest
 from decode_rig import INCARNATION, Call, Output, Rig, eventually, expected_tokens, read_raw, record_of, running_rig
 
-from decode_service.feeds import Feed, Feeds
+from decode_service.feeds import MAX_FEEDS, Feed, Feeds
 from tandem.errors import DrainingError, InvalidRequestError, OverloadedError
 from tandem.record import TokenDelta
 from tandem.v1 import decode_pb2
@@ -24,7 +25,7 @@ async def test_a_feed_gathers_what_waits() -> None:
     feed.put(1, [delta(1, 2)])
     feed.put(2, [delta(5)])
     feed.put(1, [delta(3, position=2)])
-    assert await feed.get() == {1: [delta(1, 2), delta(3, position=2)], 2: [delta(5)]}
+    assert await feed.get() == {1: [delta(1, 2, 3)], 2: [delta(5)]}
     waiting = asyncio.ensure_future(feed.get())
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -54,6 +55,7 @@ async def test_a_full_feed_fails() -> None:
     with pytest.raises(OverloadedError) as caught:
         await feed.get()
     assert caught.value.reason == "SLOW_READER"
+    assert feed.overflowed.exception() is caught.value
 
 
 async def test_feeds_have_names() -> None:
@@ -64,6 +66,11 @@ async def test_feeds_have_names() -> None:
         for bad in ("a", "", "x" * 65):
             with pytest.raises(InvalidRequestError, match="feed_id"), feeds.opened(bad):
                 pass
+        with contextlib.ExitStack() as many:
+            for number in range(MAX_FEEDS - 1):
+                many.enter_context(feeds.opened(f"feed {number}"))
+            with pytest.raises(OverloadedError, match="most"):
+                many.enter_context(feeds.opened("one more"))
         feeds.close(DrainingError("over"))
         assert feeds.get("a") is None
     with feeds.opened("a") as again:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
-from gateway_fakes import Cluster, expected, text_of, tokens_of, until
+from gateway_fakes import Cluster, FakeDecode, expected, text_of, tokens_of, until
 
+from tandem.service.status import from_rpc_error
 from tandem.v1 import types_pb2
 
 
@@ -107,3 +109,42 @@ async def test_cancelled_requests_leave_the_feed(cluster: Cluster, serve: Any) -
     await until(lambda: cluster.decode[0].open == 0)
     assert not front.gateway.pool.decode[0].feed._members
     assert tokens_of(await front.collect(front.stream())) == expected(8)
+
+
+async def test_a_worker_that_dies_is_counted_though_its_feed_ends_first(cluster: Cluster, serve: Any) -> None:
+    """The request was aboard two workers that died: it is taken for the cause, and the third never sees it."""
+    await cluster.start(prefill=0, decode=3)
+    dying: set[asyncio.Task[None]] = set()
+
+    def mortal(worker: FakeDecode) -> Any:
+        async def die(done: int, _context: Any) -> None:
+            if done == 2:
+                dying.add(asyncio.create_task(worker.stop()))
+                await asyncio.Event().wait()
+
+        return die
+
+    for worker in cluster.decode:
+        worker.misbehave = mortal(worker)  # type: ignore[method-assign]
+    front = await serve()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await front.collect(front.stream())
+    assert from_rpc_error(caught.value).reason == "POISON_REQUEST"
+    assert sorted(len(worker.records) for worker in cluster.decode) == [0, 1, 1]
+    await asyncio.gather(*dying)
+
+
+async def test_what_a_lost_worker_said_of_the_end_is_forgotten(cluster: Cluster, serve: Any) -> None:
+    """It ended the output, but its feed broke before the last tokens: the next worker alone says where the end is."""
+    await cluster.start(prefill=0)
+    worker = cluster.decode[0]
+    worker.feed_open.clear()
+    worker.feed_dies_after = 0
+    front = await serve()
+    call = front.stream()
+    await until(lambda: worker.tokens_sent == 8 and worker.open == 0)
+    worker.feed_open.set()
+    responses = await front.collect(call)
+    assert tokens_of(responses) == expected(8)
+    assert responses[-1].end.timings.migrations == 1
+    assert responses[-1].end.timings.preemptions == 1, "the second worker's End was heard"

@@ -248,6 +248,21 @@ def test_greedy_rows_that_are_not_finite_say_so(tiny: Tiny, bad: float, generato
     assert int(best) == -1
 
 
+def test_arguments_that_do_not_fit_are_refused(tiny: Tiny, generator: torch.Generator) -> None:
+    batch = inputs([(0, 3)], torch.randint(0, 50, (4, 64), generator=generator), [1])
+    cache = torch.zeros(BLOCKS, 2, 2, 2, BLOCK_SIZE, 16)
+    step, greedy, best = tiny.step(), torch.ones(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    for order in (PAIRED, "another"):
+        with pytest.raises(InternalError, match="order"):
+            run(step, batch, cache, order)
+    with pytest.raises(InternalError, match="go together"):
+        run(step, batch, cache, PLAIN, greedy)
+    for wrong in ((greedy.int(), best), (greedy, best.int()), (torch.ones(2, dtype=torch.uint8), best)):
+        with pytest.raises(InternalError, match=r"greedy|best"):
+            run(step, batch, cache, PLAIN, *wrong)
+    assert not bool(cache.any())
+
+
 @pytest.fixture
 def tiny(cpp: None, generator: torch.Generator) -> Tiny:
     return make(StepShape(64, 96, 4, 2, 16, 50, EPS, False), generator, bias=False, qk_norm=False, window=None)
