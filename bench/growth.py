@@ -41,6 +41,17 @@ CONTEXT_BATCH = 8
 UNCOUNTED_STEPS = 2
 CHUNK_SIZE = 512
 
+KEYS = {"batch": "sequences", "context": "context"}
+"""What grows in each series."""
+SHORT_NAMES = {
+    "step_ms": "step ms",
+    "min_ms": "fastest",
+    "floor_ms": "floor",
+    "times_floor": "/ floor",
+    "tokens_per_s": "tokens/s",
+}
+"""Columns of the printed tables."""
+
 Row = Mapping[str, object]
 
 
@@ -140,9 +151,11 @@ def report(rows: Iterable[Row], rates: Rates, *, as_json: bool) -> list[Row]:
             done.append(row)
         return done
     done.extend(rows)
-    for grows in ("batch", "context"):
+    for grows, key in KEYS.items():
+        # Few columns with short names: a table is cut off at 80 characters where there is no terminal.
+        shown = {key: key, **SHORT_NAMES}
         if series := [row for row in done if row["grows"] == grows]:
-            emit(series, as_json=False)
+            emit([{name: row[long] for long, name in shown.items()} for row in series], as_json=False)
     return done
 
 

@@ -107,6 +107,14 @@ def test_the_page_has_facts_rates_two_tables_and_two_charts(tmp_path: Path) -> N
     )
 
 
+def test_printed_tables_are_whole_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(iter(rows()), RATES, as_json=False) == rows()
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert "8533.3" in text
+    assert "842.1" in text
+
+
 def test_a_series_that_was_not_measured_is_not_on_the_page() -> None:
     text = page({}, RATES, [row for row in rows() if row["grows"] == "batch"], 24)
     assert "## With the batch" in text
