@@ -221,6 +221,8 @@ class Attempt:
         """The end is good when every choice was done, even if the worker died right after."""
         if self._outputs.done:
             return True
+        if ended.error is None and self._late:
+            return False  # End, and then the end of the stream
         if ended.error is None and self._bound is None and self._decode.fed and self._outputs.complete_soon:
             self._late = True
             lost = Ended(FeedLostError("the last tokens did not come on the token feed"))
