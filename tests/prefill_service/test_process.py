@@ -93,7 +93,12 @@ def fake_engine(num_blocks: int = 32) -> tuple[Any, Any]:
     config = EngineConfig("models/tiny.gguf", block_size=BLOCK_SIZE, num_blocks=num_blocks, max_step_tokens=16)
     runner = GatedRunner(num_blocks, BLOCK_SIZE, vocab_size=VOCAB, buffer=memory.buffer)
     engine = SimpleNamespace(
-        model_config=model, engine_config=config, model_id="model-1", numerics_id="numerics-1", runner=runner
+        model_config=model,
+        engine_config=config,
+        model_id="model-1",
+        numerics_id="numerics-1",
+        kv_cache=SimpleNamespace(order="plain"),
+        runner=runner,
     )
     return engine, memory
 
