@@ -23,6 +23,7 @@ from tandem.models import default_model
 
 UP = """
 import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 if "ignored" in sys.argv: signal.signal(signal.SIGINT, signal.SIG_IGN); sys.argv.remove("ignored")
 from tandem.supervisor import settings
 settings.MODULES = dict(prefill="fake_prefill", decode="fake_decode", gateway="fake_gateway")
