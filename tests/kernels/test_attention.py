@@ -233,6 +233,25 @@ def test_wrong_arguments_are_named(implementation: str) -> None:
         call(sliding_window=0)
 
 
+def rounded_beside(
+    other: Callable[..., torch.Tensor],
+    shape: tuple[int, int, int],
+    block_size: int,
+    window: int | None,
+    generator: torch.Generator,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rounded attention and `other` over the same cache, by sequence; `shape` is heads, KV heads and head_dim."""
+    spans = [(0, 1), (63, 64), (0, 130), (37, 37), (99, 165), (150, 151)]
+    sequences = [make_sequence(end, *shape, generator) for _, end in spans]
+    state = generator.get_state()
+    rounded = functools.partial(paged_attention, rounded=True)
+    results = []
+    for function in (rounded, other):
+        generator.set_state(state)
+        results.append(attend(sequences, spans, block_size, torch.bfloat16, window, generator, function))
+    return list(zip(*results, strict=True))
+
+
 def in_paired_order(q: torch.Tensor, kv_layer: torch.Tensor, *rest: object) -> torch.Tensor:
     """`paged_attention` over the same cache in paired order."""
     return paged_attention(q, to_paired(kv_layer), *rest, rounded=True, order=PAIRED)  # type: ignore[arg-type]
@@ -255,14 +274,8 @@ def test_paired_order_changes_no_bit(
     """Whatever lies in the slots that nobody sees (NaN here)."""
     if best_order(torch.bfloat16, block_size, dim) != PAIRED:
         pytest.skip("this CPU doesn't multiply pairs of bfloat16")
-    spans = [(0, 1), (63, 64), (0, 130), (37, 37), (99, 165), (150, 151)]
-    sequences = [make_sequence(end, heads, kv_heads, dim, generator) for _, end in spans]
-    state = generator.get_state()
-    rounded = functools.partial(paged_attention, rounded=True)
-    expected = attend(sequences, spans, block_size, torch.bfloat16, window, generator, rounded)
-    generator.set_state(state)
-    actual = attend(sequences, spans, block_size, torch.bfloat16, window, generator, in_paired_order)
-    assert all(same_bits(one, other) for one, other in zip(actual, expected, strict=True))
+    pairs = rounded_beside(in_paired_order, (heads, kv_heads, dim), block_size, window, generator)
+    assert all(same_bits(rounded, other) for rounded, other in pairs)
 
 
 @pytest.mark.parametrize(("dtype", "block_size", "dim"), [(torch.float32, 16, 64), (torch.bfloat16, 8, 64)])
@@ -300,15 +313,9 @@ def test_rounded_is_near(
     generator: torch.Generator,
 ) -> None:
     """Queries and weights in bf16: 8 bits, and a mean of values."""
-    spans = [(0, 1), (63, 64), (0, 130), (37, 37), (99, 165), (150, 151)]
-    sequences = [make_sequence(end, heads, kv_heads, dim, generator) for _, end in spans]
-    state = generator.get_state()
-    rounded = functools.partial(paged_attention, rounded=True)
-    actual = attend(sequences, spans, block_size, torch.bfloat16, window, generator, rounded)
-    generator.set_state(state)
-    expected = attend(sequences, spans, block_size, torch.bfloat16, window, generator, paged_attention_reference)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+    pairs = rounded_beside(paged_attention_reference, (heads, kv_heads, dim), block_size, window, generator)
+    for rounded, other in pairs:
+        torch.testing.assert_close(rounded, other, rtol=0.02, atol=0.02)
 
 
 def test_rounded_bits_are_free_of_the_batch_and_of_chunks(
