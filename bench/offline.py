@@ -5,17 +5,19 @@
 ppN is one N-token prompt, ppBxN is B of them, tgB is B sequences of 128 tokens in and 128 out, decode only; tgB@N has
 N tokens in. Prompts are random token ids, decoding is greedy, end-of-sequence is ignored and the prefix cache is off.
 Prints one JSON object a line; each figure is the median over `--runs` runs after one that is not counted (points with
-more than 16,384 prompt tokens: one run).
+more than 16,384 prompt tokens: one run). With `--stdin` it loads once and then measures each point whose name comes in
+a line, one run each: what `bench.serve --beside-engine` takes turns with.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from bench.points import Point, parse_points, run_points
+from bench.points import Point, parse_point, parse_points, run_points
 from bench.report import emit
 from bench.sequences import BLOCK_SIZE, SequenceDriver, blocks_of, load_bench_engine
 
@@ -33,6 +35,13 @@ def measure(driver: SequenceDriver, point: Point) -> float:
         return point.sequences * (point.output_tokens - 1) / (time.perf_counter() - start)
 
 
+def measure_asked(driver: SequenceDriver) -> Iterator[dict[str, object]]:
+    """One run of each point that standard input names."""
+    for line in sys.stdin:
+        point = parse_point(line.strip())
+        yield {"point": point.name, "tokens_per_s": measure(driver, point)}
+
+
 def blocks_for(points: Sequence[Point], block_size: int) -> int:
     """KV blocks that the largest of `points` needs."""
     return max(blocks_of(point.sequences, point.context_tokens, block_size) for point in points)
@@ -48,6 +57,9 @@ def main() -> None:
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--stdin", action="store_true", help="measure what is named line by line; --points: what may come"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line (the default prints a table)")
     arguments = parser.parse_args()
     points = parse_points(arguments.points)
@@ -56,8 +68,10 @@ def main() -> None:
     driver = SequenceDriver(
         load_bench_engine(arguments.model, settings, arguments.chunk_size, num_blocks), arguments.chunk_size
     )
-    rows = run_points(functools.partial(measure, driver), points, arguments.runs)
-    emit(rows, as_json=arguments.json)
+    if arguments.stdin:
+        emit(measure_asked(driver), as_json=True)
+    else:
+        emit(run_points(functools.partial(measure, driver), points, arguments.runs), as_json=arguments.json)
 
 
 if __name__ == "__main__":

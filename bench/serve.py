@@ -2,10 +2,12 @@
 
     tandem up --gateway 127.0.0.1:50051 --no-prefix-cache &
     python -m bench.serve --gateway 127.0.0.1:50051 --points pp512,tg1,tg8,tg32 --json
+    python -m bench.serve --gateway 127.0.0.1:50051 --points tg8,tg16,tg32 --runs 7 --beside-engine
 
 tgB counts tokens from the moment the last stream got its first token until the first stream ends, so all B run
 throughout. TTFT (time to first token) and ITL (inter-token latency) are in milliseconds, over all streams of all
-counted runs.
+counted runs. With `--beside-engine` each run is followed by one of the engine alone (default model, default settings),
+and `of_engine` is the median of the runs' ratios.
 """
 
 from __future__ import annotations
@@ -15,13 +17,20 @@ import asyncio
 import itertools
 import random
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
+from bench.engine_alone import EngineAlone
 from bench.points import Point, parse_points
 from bench.report import emit, percentiles
 from tandem.client import AsyncClient
+from tandem.service import server
+
+Alone = Callable[[Point], Awaitable[float]]
+"""Measures the engine alone at a point: tokens a second."""
 
 
 @dataclass(slots=True)
@@ -78,17 +87,22 @@ def steady_rate(traces: Sequence[StreamTrace]) -> float:
     return sum(count for trace in traces for at, count in trace.arrivals if start < at <= end) / (end - start)
 
 
-async def bench_point(client: AsyncClient, point: Point, vocabulary: int, runs: int, seed: int) -> dict[str, object]:
+async def bench_point(
+    client: AsyncClient, point: Point, vocabulary: int, runs: int, seed: int, alone: Alone | None = None
+) -> dict[str, object]:
     """One row: medians over `runs` runs after one uncounted."""
     rng = random.Random(seed)
     rates: list[float] = []
+    beside: list[float] = []
     traces: list[StreamTrace] = []
     for run in range(runs + 1):
         rate, run_traces = await measure(client, point, vocabulary, rng)
+        engine = await alone(point) if alone is not None else 0.0
         if run:
             rates.append(rate)
+            beside.append(engine)
             traces.extend(run_traces)
-    return {
+    row = {
         "point": point.name,
         "clients": point.sequences,
         "tokens_per_s": round(statistics.median(rates), 2),
@@ -96,25 +110,43 @@ async def bench_point(client: AsyncClient, point: Point, vocabulary: int, runs: 
         "itl_ms": percentiles([gap for trace in traces for gap in trace.gaps()]),
         "runs": runs,
     }
+    return row if alone is None else row | compared(rates, beside)
 
 
-async def run(arguments: argparse.Namespace) -> None:
+def compared(rates: Sequence[float], beside: Sequence[float]) -> dict[str, object]:
+    """How the services' rates relate to the engine's, each taken right after its rate."""
+    ratios = [rate / engine for rate, engine in zip(rates, beside, strict=True)]
+    return {
+        "engine_tokens_per_s": round(statistics.median(beside), 2),
+        "of_engine": round(statistics.median(ratios), 3),
+        "of_engine_runs": [round(ratio, 3) for ratio in ratios],
+    }
+
+
+async def run(arguments: argparse.Namespace) -> int:
     """Measures all points over one client."""
-    async with AsyncClient(arguments.gateway) as client:
+    points = parse_points(arguments.points)
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(AsyncClient(arguments.gateway))
+        alone = (await stack.enter_async_context(EngineAlone(points))).measure if arguments.beside_engine else None
         model = (await client.models())[0]
-        for seed, point in enumerate(parse_points(arguments.points)):
-            emit([await bench_point(client, point, model.vocab_size, arguments.runs, seed)], as_json=arguments.json)
+        for seed, point in enumerate(points):
+            row = await bench_point(client, point, model.vocab_size, arguments.runs, seed, alone)
+            emit([row], as_json=arguments.json)
+    return 0
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__.split("\n")[0])
     parser.add_argument("--gateway", default="127.0.0.1:50051", help="HOST:PORT")
     parser.add_argument("--points", default="pp512,pp8x512,tg1,tg4,tg8,tg16,tg32")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--beside-engine", action="store_true", help="take turns with the engine alone")
     parser.add_argument("--json", action="store_true", help="one JSON object a line (the default prints a table)")
-    asyncio.run(run(parser.parse_args()))
+    arguments = parser.parse_args()
+    return server.run(lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
