@@ -254,9 +254,9 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
                 finished.add(i)
         sent = 0
         for position in range(min(starts), record.stopping.max_tokens):
-            await self.misbehave(sent, context)
             if sent == self.stream_pause_after:
                 await self.resume.wait()
+            await self.misbehave(sent, context)
             for index in range(len(record.outputs)):
                 if index in finished or position < starts[index]:
                     continue
