@@ -259,7 +259,7 @@ class Scheduler:
             for index, state in enumerate(record.outputs)
         ]
         stops = stop_ids(record, config.eos_token_ids)
-        root = prefix_root(record.tenant, config.model_id, config.layout_id, config.numerics_id)
+        root = prefix_root(record.tenant, record.cache_scope, config.model_id, config.layout_id, config.numerics_id)
         return Request(key, record, self._next_order, State.WAITING, stops, root, outputs)
 
     def _receiving(self, key: str) -> Request:

@@ -1,7 +1,7 @@
 """Names of cached KV blocks: SHA-256 chains over everything that the bits of a block depend on. Torch-free, stateless.
 
 A block's name covers its own tokens and, through the chain, all tokens before it, the model, the layout, the numerics
-and the tenant, so equal names mean equal KV, and tenants never see (or time) each other's prompts.
+the tenant and its cache scope, so equal names mean equal KV, and tenants never see (or time) each other's prompts.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import sys
 from array import array
 from collections.abc import Sequence
 
-_DOMAIN = b"tandem-prefix-v1"
+_DOMAIN = b"tandem-prefix-v2"
 _MAX_TOKEN = (1 << 32) - 1
 
 
-def prefix_root(tenant: str, model_id: str, layout_id: str, numerics_id: str) -> bytes:
+def prefix_root(tenant: str, cache_scope: str, model_id: str, layout_id: str, numerics_id: str) -> bytes:
     """The 32-byte start of a chain. Fields are length-prefixed, so no two different tuples run together."""
     digest = hashlib.sha256(_DOMAIN)
-    for text in (tenant, model_id, layout_id, numerics_id):
+    for text in (tenant, cache_scope, model_id, layout_id, numerics_id):
         raw = text.encode("utf-8")
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)

@@ -15,11 +15,12 @@ CHUNK = 32
 MAX_ENTRIES = 65_536
 
 
-def prefix_hashes(tokens: Sequence[int]) -> list[bytes]:
-    """A chained hash for every full chunk of 32 tokens."""
+def prefix_hashes(tokens: Sequence[int], cache_scope: str = "") -> list[bytes]:
+    """A chained hash for every full chunk of 32 tokens. `cache_scope` as in the record: other scopes, other hashes."""
     data = array("I", tokens).tobytes()
     width = len(data) // max(1, len(tokens)) * CHUNK
-    digest, hashes = b"", []
+    digest = hashlib.blake2b(cache_scope.encode(), digest_size=16).digest() if cache_scope else b""
+    hashes = []
     for at in range(0, len(data) - width + 1, width) if width else ():
         digest = hashlib.blake2b(data[at : at + width], key=digest, digest_size=16).digest()
         hashes.append(digest)

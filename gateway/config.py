@@ -13,6 +13,7 @@ class Limits:
     max_token_ids: int = 1 << 20
     """In a prompt, or to detokenize."""
     max_request_id: int = 128
+    max_cache_salt: int = 128
     max_stop_strings: int = 16
     max_stop_characters: int = 256
     max_stop_token_ids: int = 64

@@ -51,6 +51,7 @@ def asked(request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: Limits
         logprobs=output.logprobs if output.HasField("logprobs") else None,
         skip_special=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
         priority=request.priority,
+        cache_salt=request.cache_salt,
     )
 
 

@@ -180,6 +180,8 @@ class Outputs:
             sampling=job.sampling,
             stopping=job.stopping,
             outputs=[OutputState(list(c.token_ids), list(c.logprobs), c.reason) for c in self.choices],
+            tenant=job.tenant,
+            cache_scope=job.cache_scope,
             logprobs=job.logprobs,
             priority=job.priority,
             arrival=job.arrival,

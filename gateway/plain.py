@@ -29,6 +29,7 @@ class Asked:
     logprobs: int | None = None
     skip_special: bool = True
     priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Job:
     deadline: float
     arrival: float
     """Seconds since the epoch."""
+    tenant: str = ""
+    """Who asks, from the authenticated identity; empty where nobody has to say."""
+    cache_scope: str = ""
+    """See `gateway.tenants`."""
 
 
 @dataclass(slots=True)

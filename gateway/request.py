@@ -56,7 +56,7 @@ class RequestRun:
         self._job, self._services, self._publish = job, services, publish
         self._outputs = Outputs(job, services.tokenizer)
         sequences = job.sampling.n
-        self._need = Need(len(job.prompt), sequences, prefix_hashes(job.prompt))
+        self._need = Need(len(job.prompt), sequences, prefix_hashes(job.prompt, job.cache_scope))
         self._dead: set[str] = set()
         self._lost = 0
         self._told = False

@@ -16,6 +16,7 @@ from gateway.catalog import Catalog
 from gateway.plain import Admitted, Asked, Event, Job
 from gateway.request import RequestRun, Services
 from gateway.stream import EventBuffer, SlowReaderError
+from gateway.tenants import ANONYMOUS, cache_scope
 from gateway.text import TextService
 from tandem.errors import DeadlineError, DrainingError, InvalidRequestError, NotFoundError, TandemError
 from tandem.service.logging import bind_request
@@ -33,7 +34,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, services: Services, text: TextService, catalog: Catalog) -> None:
         """Nothing runs yet."""
         self._services, self._text, self._catalog = services, text, catalog
-        self._live: set[str] = set()
+        self._live: set[tuple[str, str]] = set()
+        """Requests under way, by tenant and request id."""
         self.draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -60,12 +62,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _serve(self, asked: Asked, context: Context, send: Callable[[Event, Job], Awaitable[None]]) -> None:
         """The way of every request."""
+        tenant = ANONYMOUS
         started = asyncio.get_running_loop().time()
         validation.check_sizes(asked, self._services.config.limits)
         self._catalog.check(asked.model)
         request_id = asked.request_id or uuid.uuid4().hex
-        with self._alive(request_id), bind_request(request_id):
-            job = await self._prepare(asked, request_id, started, context.time_remaining())
+        with self._alive(tenant, request_id), bind_request(request_id):
+            job = await self._prepare(asked, tenant, request_id, started, context.time_remaining())
 
             async def write(event: Event) -> None:
                 if isinstance(event, Admitted):
@@ -76,22 +79,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             await self._run(job, write)
 
     @contextlib.contextmanager
-    def _alive(self, request_id: str) -> Iterator[None]:
-        """Counts the request; refuses a second one of the same id, and any while draining."""
+    def _alive(self, tenant: str, request_id: str) -> Iterator[None]:
+        """Counts the request; refuses a second one of the same tenant and id, and any while draining."""
+        key = (tenant, request_id)
         if self.draining:
             raise DrainingError("the gateway is about to stop")
-        if request_id in self._live:
+        if key in self._live:
             raise InvalidRequestError(f"request_id: {request_id!r} is in use", field="request_id")
-        self._live.add(request_id)
+        self._live.add(key)
         self._idle.clear()
         try:
             yield
         finally:
-            self._live.discard(request_id)
+            self._live.discard(key)
             if not self._live:
                 self._idle.set()
 
-    async def _prepare(self, asked: Asked, request_id: str, started: float, remaining: float | None) -> Job:
+    async def _prepare(
+        self, asked: Asked, tenant: str, request_id: str, started: float, remaining: float | None
+    ) -> Job:
         """Tokenizes and completes the request."""
         limits, patience = self._services.config.limits, self._services.config.patience
         vocab_size = self._catalog.vocab_size
@@ -118,6 +124,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             started=started,
             deadline=started + timeout,
             arrival=time.time(),
+            tenant=tenant,
+            cache_scope=cache_scope(tenant, asked.cache_salt),
         )
 
     async def _tokens(self, asked: Asked, vocab_size: int) -> list[int]:

@@ -37,6 +37,8 @@ def check_sizes(asked: Asked, limits: Limits) -> None:
     """Everything that can be told before the text is tokenized, bytes first."""
     if len(asked.request_id) > limits.max_request_id:
         raise _bad("request_id", f"{len(asked.request_id)} characters, at most {limits.max_request_id} are allowed")
+    if len(asked.cache_salt) > limits.max_cache_salt:
+        raise _bad("cache_salt", f"{len(asked.cache_salt)} characters, at most {limits.max_cache_salt} are allowed")
     check_input(asked.text, asked.messages, limits)
     if asked.token_ids is not None and not asked.token_ids:
         raise _bad("token_ids", "the prompt is empty")

@@ -76,7 +76,7 @@ class Scheduler:
         if not self.pool.prefix_cache:
             return []
         config = self.config
-        root = prefix_root(record.tenant, config.model_id, config.layout_id, config.numerics_id)
+        root = prefix_root(record.tenant, record.cache_scope, config.model_id, config.layout_id, config.numerics_id)
         return block_hashes(root, tokens, self.pool.block_size)
 
     def _rank(self, record: Record) -> tuple[float, int]:

@@ -85,6 +85,8 @@ class Record:
     stopping: StopRules
     outputs: list[OutputState]
     tenant: str = ""
+    cache_scope: str = ""
+    """From the tenant and the request's salt: prefix caches are shared within one scope only."""
     logprobs: int | None = None
     """Alternatives to report per token; None: no log probabilities."""
     priority: int = 0

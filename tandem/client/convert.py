@@ -34,7 +34,7 @@ SAMPLING = (
 STOPPING = ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_in_output")
 OUTPUT = ("logprobs", "skip_special_tokens")
 LONGEST_TIMEOUT = 365 * 86_400.0
-TOP = ("model", "request_id", "priority")
+TOP = ("model", "request_id", "priority", "cache_salt")
 
 Filled = TypeVar("Filled", bound=ProtoMessage)
 Request = TypeVar("Request", inference_pb2.GenerateRequest, inference_pb2.GenerateStreamRequest)

@@ -20,6 +20,7 @@ class Options(TypedDict, total=False):
     model: str
     request_id: str
     priority: int
+    cache_salt: str
     temperature: float
     top_k: int
     top_p: float

@@ -92,6 +92,7 @@ def record_to_pb(record: Record) -> pb.Record:
         request_id=record.request_id,
         model_id=record.model_id,
         tenant=record.tenant,
+        cache_scope=record.cache_scope,
         prompt_token_ids=record.prompt,
         outputs=[
             pb.RecordOutput(
@@ -166,6 +167,7 @@ def record_from_pb(message: pb.Record) -> Record:
             for output in message.outputs
         ],
         tenant=message.tenant,
+        cache_scope=message.cache_scope,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         priority=message.priority,
         arrival=message.arrival_seconds,

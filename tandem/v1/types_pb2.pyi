@@ -401,6 +401,7 @@ class Record(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     ARRIVAL_SECONDS_FIELD_NUMBER: _builtins.int
+    CACHE_SCOPE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model_id: _builtins.str
     tenant: _builtins.str
@@ -411,6 +412,8 @@ class Record(_message.Message):
     """Lower runs first; then arrival."""
     arrival_seconds: _builtins.float
     """Seconds since the epoch at the gateway."""
+    cache_scope: _builtins.str
+    """Keeps prefix caches apart further: derived by the gateway from the tenant and the request's cache_salt."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -438,10 +441,11 @@ class Record(_message.Message):
         logprobs: _builtins.int | None = ...,
         priority: _builtins.int = ...,
         arrival_seconds: _builtins.float = ...,
+        cache_scope: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "arrival_seconds", b"arrival_seconds", "logprobs", b"logprobs", "model_id", b"model_id", "outputs", b"outputs", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "arrival_seconds", b"arrival_seconds", "cache_scope", b"cache_scope", "logprobs", b"logprobs", "model_id", b"model_id", "outputs", b"outputs", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015

@@ -152,6 +152,8 @@ def make_record(
     ignore_eos: bool = True,
     logprobs: int | None = None,
     model_id: str = "",
+    tenant: str = "",
+    cache_scope: str = "",
     **stopping: Any,
 ) -> Record:
     """A record; an int prompt is that many tokens, different for each seed."""
@@ -164,6 +166,8 @@ def make_record(
         stopping=StopRules(max_tokens=max_tokens, ignore_eos=ignore_eos, **stopping),
         outputs=[OutputState(list(out)) for out in (outputs or [[] for _ in range(n)])],
         logprobs=logprobs,
+        tenant=tenant,
+        cache_scope=cache_scope,
     )
 
 

@@ -157,6 +157,20 @@ def test_cached_prefix_is_not_needed_but_the_last_token_is() -> None:
     driver.assert_empty()
 
 
+@pytest.mark.parametrize("field", ["tenant", "cache_scope"])
+def test_prefixes_of_tenants_and_scopes_are_apart(field: str) -> None:
+    driver = Driver(num_blocks=8, prefix_cache=True)
+    first = driver.admit("a", make_record(12, **{field: "x"}), local=False)
+    driver.receive(first, make_record(12, **{field: "x"}), [[3]])
+    driver.run()
+    for key, scope, needed in (("b", "y", 0), ("c", "", 0), ("d", "x", 8)):
+        admitted = driver.admit(key, make_record(12, **{field: scope}), local=False)
+        assert admitted.needed_start == needed
+        driver.scheduler.cancel(key)
+        driver.scheduler.release(key)
+    driver.assert_empty()
+
+
 def test_received_blocks_are_cached_only_after_the_commit() -> None:
     driver = Driver()
     record = make_record(12)

@@ -28,6 +28,7 @@ def make_record(
     priority: int = 0,
     logprobs: int | None = None,
     tenant: str = "",
+    cache_scope: str = "",
     model_id: str = "",
     **stopping: Any,
 ) -> Record:
@@ -43,6 +44,7 @@ def make_record(
         priority=priority,
         logprobs=logprobs,
         tenant=tenant,
+        cache_scope=cache_scope,
     )
 
 

@@ -140,6 +140,14 @@ def test_prefixes_of_tenants_are_apart() -> None:
     assert driver.submit("c", make_record(30, seed=1, tenant="x")).cached_tokens == 28
 
 
+def test_prefixes_of_cache_scopes_are_apart() -> None:
+    driver = Driver()
+    driver.submit("a", make_record(30, seed=1, cache_scope="x"))
+    driver.run()
+    assert driver.submit("b", make_record(30, seed=1, cache_scope="y")).cached_tokens == 0
+    assert driver.submit("c", make_record(30, seed=1, cache_scope="x")).cached_tokens == 28
+
+
 def test_without_a_prefix_cache_everything_is_computed() -> None:
     driver = Driver(prefix_cache=False, max_step_tokens=64)
     for key in ("a", "b"):

@@ -17,7 +17,7 @@ from engine.block_pool import BlockPool, PoolExhaustedError
 from engine.block_table import BlockTable
 from engine.prefix import block_hashes, prefix_root
 
-ROOT = prefix_root("t", "m", "l", "n")
+ROOT = prefix_root("t", "c", "m", "l", "n")
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 
 

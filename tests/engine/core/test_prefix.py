@@ -10,27 +10,29 @@ from hypothesis import strategies as st
 
 from engine.prefix import block_hashes, prefix_root
 
-ROOT = prefix_root("tenant", "model", "layout", "numerics")
+ROOT = prefix_root("tenant", "scope", "model", "layout", "numerics")
 tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
 
 def test_root_is_fixed() -> None:
     """Workers of different versions share prefixes only as long as this holds."""
-    fields = b"".join(len(part).to_bytes(8, "little") + part for part in (b"tenant", b"model", b"layout", b"numerics"))
-    assert hashlib.sha256(b"tandem-prefix-v1" + fields).digest() == ROOT
+    parts = (b"tenant", b"scope", b"model", b"layout", b"numerics")
+    fields = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    assert hashlib.sha256(b"tandem-prefix-v2" + fields).digest() == ROOT
 
 
 def test_root_depends_on_each_field_and_on_their_borders() -> None:
     roots = {
         ROOT,
-        prefix_root("", "model", "layout", "numerics"),
-        prefix_root("tenant", "other", "layout", "numerics"),
-        prefix_root("tenant", "model", "other", "numerics"),
-        prefix_root("tenant", "model", "layout", "other"),
-        prefix_root("tenantm", "odel", "layout", "numerics"),
-        prefix_root("tenant", "modell", "ayout", "numerics"),
+        prefix_root("", "scope", "model", "layout", "numerics"),
+        prefix_root("tenant", "scope", "other", "layout", "numerics"),
+        prefix_root("tenant", "scope", "model", "other", "numerics"),
+        prefix_root("tenant", "scope", "model", "layout", "other"),
+        prefix_root("tenants", "cope", "model", "layout", "numerics"),
+        prefix_root("tenant", "scope", "modell", "ayout", "numerics"),
+        prefix_root("tenant", "other", "model", "layout", "numerics"),
     }
-    assert len(roots) == 7
+    assert len(roots) == 8
 
 
 def test_chain_is_fixed() -> None:
