@@ -11,11 +11,11 @@ import zlib
 from collections.abc import Callable, Sequence
 
 from kv_transfer.copying import copy_payload
-from kv_transfer.layout import KvLayout
 from kv_transfer.messages import Offer
 from kv_transfer.pool import PoolMemory
 from kv_transfer.transport import never
 from tandem.errors import InvalidRequestError, StaleError
+from tandem.kv_layout import KvLayout
 
 
 class GrpcSource:

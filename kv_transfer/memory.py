@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable, Sequence
 
 from kv_transfer.copying import check_generations, copy_blocks
-from kv_transfer.layout import KvLayout
 from kv_transfer.messages import Offer
 from kv_transfer.pool import PoolMemory
 from kv_transfer.transport import never
 from tandem.errors import IncompatibleError, InvalidRequestError, StaleError, UnavailableError
+from tandem.kv_layout import KvLayout
 
 _ENDPOINT_BYTES = 16
 _sources: dict[bytes, MemorySource] = {}

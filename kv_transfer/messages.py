@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kv_transfer.layout import KvLayout
+from tandem.kv_layout import KvLayout
 from tandem.record import Record
 
 

@@ -6,13 +6,14 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from kv_transfer.layout import KvLayout, check_compatible
+from kv_transfer.layout import check_compatible
 from kv_transfer.leases import COPY_WAIT_SECONDS, CommitResult, Lease, LeaseTable
 from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
 from kv_transfer.pool import PoolMemory
 from kv_transfer.sending import WINDOW
 from kv_transfer.transport import SourceView, TargetTransport
 from tandem.errors import IncompatibleError, InternalError, InvalidRequestError, StaleError
+from tandem.kv_layout import KvLayout
 
 
 @dataclass(frozen=True)

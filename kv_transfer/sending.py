@@ -6,10 +6,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kv_transfer.layout import KvLayout
 from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
 from kv_transfer.transport import SourceTransport
 from tandem.errors import InternalError, InvalidRequestError, StaleError
+from tandem.kv_layout import KvLayout
 from tandem.record import Record
 
 WINDOW = 8

@@ -22,11 +22,11 @@ import threading
 import time
 from collections.abc import Sequence
 
-from kv_transfer.layout import KvLayout
 from kv_transfer.memory import PoolReader
 from kv_transfer.pool import HEADER, MAGIC, MAX_POOL_BYTES, PoolMemory, PoolView, SharedPool
 from kv_transfer.watcher import SocketWatcher
 from tandem.errors import ConfigError, IncompatibleError, InvalidRequestError, StaleError, UnavailableError
+from tandem.kv_layout import KvLayout
 
 _ENDPOINT_MAGIC = b"tandem-shm-1:"
 _NAME_DIGITS = 32

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kv_transfer.layout import KvLayout
 from kv_transfer.messages import Offer
 from kv_transfer.pool import PoolMemory
+from tandem.kv_layout import KvLayout
 
 
 def never() -> bool:

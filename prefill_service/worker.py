@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine.batch import StepRunner
-from kv_transfer.layout import KvLayout, check_compatible
+from kv_transfer.layout import check_compatible
 from kv_transfer.registry import choose
 from kv_transfer.session import Sender, SendSession
 from kv_transfer.transport import SourceTransport
@@ -21,6 +21,7 @@ from prefill_service.request import tokens_to_prefill
 from prefill_service.scheduler import Scheduler
 from prefill_service.sender import Transfer
 from tandem.errors import ConfigError, InvalidRequestError
+from tandem.kv_layout import KvLayout
 from tandem.record import Record
 from tandem.service import address as addresses
 from worker.identity import WorkerIdentity

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kv_transfer.layout import KvLayout
 from tandem.errors import StaleError
+from tandem.kv_layout import KvLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 from engine.loading import BufferFactory, Engine, load_engine, resolve
 from engine.weights.checkpoint import read_config
 from kernels import kv_order
-from kv_transfer.layout import DEFAULT_ORDER, PAIRED_ORDER, KvLayout
+from tandem.kv_layout import DEFAULT_ORDER, PAIRED_ORDER, KvLayout
 from worker.flags import Flags
 from worker.identity import WorkerIdentity
 

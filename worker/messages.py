@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import tandem
-from kv_transfer.layout import KvLayout
+from tandem.kv_layout import KvLayout
 from tandem.v1 import types_pb2
 from worker.identity import WorkerIdentity
 from worker.worker import Worker

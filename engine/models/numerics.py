@@ -7,6 +7,7 @@ import torch
 from engine.config import EngineConfig
 from kernels import dispatch
 from kernels.dispatch import Implementation
+from tandem.kv_layout import KV_NUMERICS
 
 VERSION = 1
 """Raised when the transformer's order of operations changes."""
@@ -22,7 +23,7 @@ def numerics_id(engine_config: EngineConfig, kernels: Implementation) -> str:
         f"v{VERSION}",
         engine_config.compute,
         engine_config.dtype,
-        f"kv-{engine_config.kv_dtype}",
+        f"{KV_NUMERICS}{engine_config.kv_dtype}",
         kernels.numerics,
         *([dispatch.int8_isa()] if engine_config.compute == "int8" else []),
         f"torch-{torch.__version__}",

@@ -17,11 +17,11 @@ from decode_service.assembly import Assembly, Parts, assemble
 from decode_service.config import SchedulerConfig
 from engine.batch import Batch, SampleSpec, Slice, StepOutput, StepRunner
 from engine.fake import SLOT_BYTES, FakeRunner
-from kv_transfer.layout import KvLayout
 from kv_transfer.messages import Ack, Committed, Opened
 from kv_transfer.pool import LocalPool, SharedPool
 from kv_transfer.registry import source_transport
 from kv_transfer.session import Sender, SendSession
+from tandem.kv_layout import KvLayout
 from tandem.record import OutputState, Record, SamplingParams, StopRules, TokenDelta
 from tandem.service import wire
 from tandem.service.channel import open_channel

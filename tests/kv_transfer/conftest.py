@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from kv_transfer.layout import KvLayout
 from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.messages import Commit, Committed, Opened
 from kv_transfer.pool import LocalPool, PoolMemory, SharedPool
 from kv_transfer.registry import source_transport, target_transport
 from kv_transfer.session import Receiver, ReceiveSession, Sender, SendSession
 from kv_transfer.transport import SourceTransport, TargetTransport
+from tandem.kv_layout import KvLayout
 from tandem.record import OutputState, Record, SamplingParams, StopRules
 
 LAYOUT = KvLayout(block_size=4, dtype="float32", num_layers=2, num_kv_heads=3, head_dim=8)

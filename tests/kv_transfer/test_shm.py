@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 
 from kv_transfer import shm
-from kv_transfer.layout import KvLayout
 from kv_transfer.messages import Offer
 from kv_transfer.pool import HEADER, MAGIC, LocalPool, SharedPool
 from kv_transfer.shm import ShmSource, ShmTarget, map_pool, peer_uid
@@ -35,6 +34,7 @@ from tandem.errors import (
     TandemError,
     UnavailableError,
 )
+from tandem.kv_layout import KvLayout
 
 LAYOUT = KvLayout(block_size=16, dtype="float32", num_layers=4, num_kv_heads=2, head_dim=32)
 BLOCKS = 8

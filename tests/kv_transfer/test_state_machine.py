@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from kv_transfer.layout import KvLayout
 from kv_transfer.leases import LeaseState, LeaseTable
 from kv_transfer.memory import MemorySource, MemoryTarget, PoolReader
 from kv_transfer.pool import LocalPool, PoolMemory
 from kv_transfer.session import CopyPlan, Receiver, ReceiveSession, Sender, SendSession
 from tandem.errors import InternalError, StaleError, UnavailableError
+from tandem.kv_layout import KvLayout
 from tandem.record import OutputState, Record, SamplingParams, StopRules
 
 LAYOUT = KvLayout(block_size=2, dtype="float16", num_layers=1, num_kv_heads=1, head_dim=4)

@@ -14,7 +14,6 @@ from prefill_scheduling import EOS, VOCAB, make_record
 
 from engine.batch import Batch, SampleSpec, Slice, StepOutput
 from engine.fake import SLOT_BYTES, FakeRunner
-from kv_transfer.layout import KvLayout
 from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.messages import Commit, Offer, Open
 from kv_transfer.pool import LocalPool, SharedPool
@@ -23,6 +22,7 @@ from kv_transfer.session import Receiver, ReceiveSession
 from prefill_service.assembly import Assembly, Parts, assemble
 from prefill_service.config import SchedulerConfig
 from tandem.errors import TandemError
+from tandem.kv_layout import KvLayout
 from tandem.record import Record
 from tandem.service import wire
 from tandem.service.channel import open_channel
