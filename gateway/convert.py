@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from gateway.chat import MAX_MESSAGES
 from gateway.config import Limits
-from gateway.plain import Admitted, Asked, Counted, Delta, Event, Finished
+from gateway.plain import Admitted, Asked, Counted, Delta, Event, Finished, Given, Job, Resumed
 from gateway.validation import check_count
 from tandem.record import FinishReason, TokenLogprobs
 from tandem.service import wire
@@ -52,6 +52,22 @@ def asked(request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: Limits
         skip_special=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        resume=_resumed(request.resume, limits) if request.HasField("resume") else None,
+    )
+
+
+def _resumed(resume: pb.Resume, limits: Limits) -> Resumed:
+    check_count("resume.outputs", len(resume.outputs), limits.max_n)
+    for output in resume.outputs:
+        check_count("resume.outputs.token_ids", len(output.token_ids), limits.max_token_ids)
+    return Resumed(
+        outputs=tuple(
+            Given(tuple(output.token_ids), output.text_bytes, wire.finish_reason_from_pb(output.finish_reason))
+            for output in resume.outputs
+        ),
+        seed=resume.seed if resume.HasField("seed") else None,
+        model_id=resume.model_id,
+        numerics_id=resume.numerics_id,
     )
 
 
@@ -83,9 +99,9 @@ def timings(counted: Counted) -> types_pb2.Timings:
     )
 
 
-def stream_response(event: Event, request_id: str, prompt_tokens: int) -> pb.GenerateStreamResponse:
+def stream_response(event: Event, job: Job) -> pb.GenerateStreamResponse:
     """One event as it travels."""
-    response = pb.GenerateStreamResponse(request_id=request_id)
+    response = pb.GenerateStreamResponse(request_id=job.request_id)
     if isinstance(event, Delta):
         delta = response.delta  # filled in place: this runs for every token
         delta.SetInParent()
@@ -98,7 +114,15 @@ def stream_response(event: Event, request_id: str, prompt_tokens: int) -> pb.Gen
         finished = pb.ChoiceFinished(index=event.index, finish_reason=reason, stop_match=event.stop_match or "")
         response.finished.CopyFrom(finished)
     elif isinstance(event, Admitted):
-        response.prompt.CopyFrom(pb.PromptAccepted(model=event.model, prompt_tokens=prompt_tokens))
+        response.prompt.CopyFrom(
+            pb.PromptAccepted(
+                model=event.model,
+                prompt_tokens=len(job.prompt),
+                seed=job.sampling.seed,
+                model_id=event.model_id,
+                numerics_id=event.numerics_id,
+            )
+        )
     else:
         response.end.CopyFrom(pb.GenerationEnd(usage=usage(event), timings=timings(event)))
     return response

@@ -1,18 +1,19 @@
 """What a request has produced: tokens in order, the text they make, and the record to continue from.
 
 Life cycle: one `Outputs` per request -> `accept` deltas from any worker in any order (duplicates are dropped) and
-`finish` per choice -> `done`. Survives every worker; `record` is what the next one starts from.
+`finish` per choice -> `done`. Survives every worker; `record` is what the next one starts from. When another gateway
+began the request, `restore` comes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from gateway.detokenizer import Detokenizer
-from gateway.plain import Delta, Finished, Job
+from gateway.plain import Delta, Finished, Given, Job
 from gateway.stop import StopMatcher
 from gateway.tokenizer import Tokenizer
-from tandem.errors import InternalError
+from tandem.errors import InternalError, InvalidRequestError
 from tandem.record import FinishReason, OutputState, Record, TokenDelta, TokenLogprobs
 from tandem.service.logging import get_logger
 
@@ -30,6 +31,8 @@ class Choice:
         self.reason: FinishReason | None = None
         self.end: tuple[FinishReason, int] | None = None
         """What a worker said of the output's end: why, and after how many tokens. Some of them may still be to come."""
+        self._ahead = 0
+        """Bytes of text that the client has beyond what was replayed here."""
         self._early: dict[int, tuple[int, TokenLogprobs | None]] = {}
         self._min_tokens, self._max_tokens = job.stopping.min_tokens, job.stopping.max_tokens
         self._detokenizer = Detokenizer(tokenizer, skip_special=job.skip_special)
@@ -39,6 +42,38 @@ class Choice:
     def told(self) -> bool:
         """True when the worker has said where this output ends."""
         return self.end is not None
+
+    def restore(self, given: Given, alternatives: int | None) -> list[Delta | Finished]:
+        """Replays what the client has of this output; returns what it lacks of that: an end, maybe text.
+
+        `alternatives` of each log probability, None for none: those already given are never given again, so blanks
+        stand for them. Raises InvalidRequestError for what no stream of this request can have given.
+        """
+        blank = TokenLogprobs(0.0, (0,) * (alternatives or 0), (0.0,) * (alternatives or 0))
+        logprobs = [] if alternatives is None else [blank] * len(given.token_ids)
+        if given.reason is not None:
+            self.token_ids, self.logprobs, self.reason = list(given.token_ids), logprobs, given.reason
+            return []
+        self._ahead = given.text_bytes
+        events = self.accept(TokenDelta(self.index, 0, list(given.token_ids), logprobs))
+        if len(self.token_ids) < len(given.token_ids):
+            message = f"output {self.index} has tokens behind a stop string"
+            raise InvalidRequestError(message, field="resume.outputs.token_ids")
+        lacking = [Delta(self.index, [], e.text, []) for e in events if isinstance(e, Delta) and e.text]
+        return [*lacking, *(e for e in events if isinstance(e, Finished))]
+
+    def _unseen(self, text: str) -> str:
+        """`text` less what the client has of it from another gateway."""
+        if not self._ahead:
+            return text
+        data = text.encode()
+        skip = min(self._ahead, len(data))
+        self._ahead -= skip
+        try:
+            return data[skip:].decode()
+        except UnicodeDecodeError:
+            message = f"output {self.index}: text_bytes ends within a character"
+            raise InvalidRequestError(message, field="resume.outputs.text_bytes") from None
 
     def accept(self, delta: TokenDelta) -> list[Delta | Finished]:
         """Events for the tokens of `delta` that are new, at most up to a stop string."""
@@ -54,7 +89,7 @@ class Choice:
         if len(self.token_ids) == first:
             return []
         new = self.token_ids[first:]
-        events: list[Delta | Finished] = [Delta(self.index, new, text, self.logprobs[first:])]
+        events: list[Delta | Finished] = [Delta(self.index, new, self._unseen(text), self.logprobs[first:])]
         if match is not None:
             events.append(self._end(FinishReason.STOP, match))
         elif self.end is not None:
@@ -93,6 +128,7 @@ class Choice:
         text, match = result.text, result.match
         if match is None:
             text += self._matcher.flush()
+        text = self._unseen(text)
         finished = self._end(reason if match is None else FinishReason.STOP, match)
         return [Delta(self.index, [], text, []), finished] if text else [finished]
 
@@ -109,6 +145,13 @@ class Outputs:
         """`job.sampling.n` empty choices."""
         self._job = job
         self.choices = [Choice(i, job, tokenizer) for i in range(job.sampling.n)]
+
+    def restore(self, given: Sequence[Given]) -> list[Delta | Finished]:
+        """Starts from what the client has, one entry per choice; returns what it lacks. Raises InvalidRequestError."""
+        events: list[Delta | Finished] = []
+        for choice, output in zip(self.choices, given, strict=True):
+            events += choice.restore(output, self._job.logprobs)
+        return events
 
     @property
     def done(self) -> bool:

@@ -9,6 +9,26 @@ from tandem.record import FinishReason, SamplingParams, StopRules, TokenLogprobs
 
 
 @dataclass(frozen=True)
+class Given:
+    """What a client has of one output."""
+
+    token_ids: tuple[int, ...] = ()
+    text_bytes: int = 0
+    reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a client has of a request that another gateway, or another connection, began."""
+
+    outputs: tuple[Given, ...] = ()
+    """One per choice; none when nothing has come yet."""
+    seed: int | None = None
+    model_id: str = ""
+    numerics_id: str = ""
+
+
+@dataclass(frozen=True)
 class Asked:
     """A request as the client wrote it: None where a field was unset. Exactly one of the inputs is set, or none."""
 
@@ -30,6 +50,7 @@ class Asked:
     skip_special: bool = True
     priority: int = 0
     cache_salt: str = ""
+    resume: Resumed | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,7 @@ class Job:
     """Who asks, from the authenticated identity; empty where nobody has to say."""
     cache_scope: str = ""
     """See `gateway.tenants`."""
+    resumed: Resumed | None = None
 
 
 @dataclass(slots=True)
@@ -60,6 +82,8 @@ class Admitted:
     """A worker has taken the request."""
 
     model: str
+    model_id: str
+    numerics_id: str
 
 
 @dataclass(slots=True)

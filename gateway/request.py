@@ -1,8 +1,8 @@
 """One request from the queue to its last event, over as many workers as it takes.
 
-Life cycle: `RequestRun(...)` -> `run()`: wait for a pair -> `Attempt` -> on `DecodeLost` again from the record,
-within a budget of migrations and of workers that died -> usage and timings. Cancel the task of `run` to cancel the
-request: both RPCs end at once.
+Life cycle: `RequestRun(...)` -> `run()`: replay what the client has of a stream that broke off -> wait for a pair ->
+`Attempt` -> on `DecodeLost` again from the record, within a budget of migrations and of workers that died -> usage and
+timings. Cancel the task of `run` to cancel the request: both RPCs end at once.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from tandem.service.metrics import Metrics
 
 _log = get_logger(__name__)
 
+INLINE_TOKENS = 1024
+"""Replaying this many tokens takes a few milliseconds."""
+
 
 @dataclass(frozen=True)
 class Services:
@@ -60,6 +63,10 @@ class RequestRun:
         self._dead: set[str] = set()
         self._lost = 0
         self._told = False
+        self._lacking: list[Delta | Finished] = []
+        """What the client of a resumed request lacks of the tokens that it has: told once a worker is found."""
+        self._restored = 0
+        """Tokens that the client had before."""
         self._opened = self._first = self._last = 0.0
         self._last_of: dict[int, float] = {}
         self.counted = Counted(prompt_tokens=len(job.prompt))
@@ -69,15 +76,35 @@ class RequestRun:
         metrics = self._services.metrics
         try:
             async with asyncio.timeout_at(self._job.deadline):
-                while not self._outputs.done:
+                await self._restore()
+                while not (self._told and self._outputs.done):
                     await self._once()
         except TimeoutError as exc:
             raise DeadlineError("the request's deadline passed") from exc
         finally:
             self._count()
-            metrics.generation_tokens.inc(self.counted.completion_tokens)
+            metrics.generation_tokens.inc(self.counted.completion_tokens - self._restored)
         self._observe()
         self._publish(self.counted)
+
+    async def _restore(self) -> None:
+        """Replays what another gateway gave out; long outputs in a thread."""
+        resumed = self._job.resumed
+        if resumed is None or not resumed.outputs:
+            return
+        self._need = replace(self._need, model_id=resumed.model_id, numerics_id=resumed.numerics_id)
+        if sum(len(output.token_ids) for output in resumed.outputs) > INLINE_TOKENS:
+            self._lacking = await asyncio.to_thread(self._outputs.restore, resumed.outputs)
+        else:
+            self._lacking = self._outputs.restore(resumed.outputs)
+        self._restored = self._outputs.num_tokens
+
+    def _over_already(self, worker: Worker) -> bool:
+        """True when a resumed request needs no more tokens, only its end."""
+        if self._told or not self._restored:
+            return False
+        self._lacking += self._outputs.finish_complete(set(worker.info.eos_token_ids))
+        return self._outputs.done
 
     async def _once(self) -> None:
         """One decode worker."""
@@ -91,6 +118,10 @@ class RequestRun:
             services.metrics.num_requests_waiting.dec()
         if not self._opened:
             self._opened = self._now()
+        if self._over_already(ticket.decode):
+            ticket.release()
+            self._on_admitted(ticket.decode)
+            return
         attempt = Attempt(
             job,
             ticket,
@@ -120,7 +151,9 @@ class RequestRun:
         self._need = replace(self._need, model_id=worker.info.model_id, numerics_id=worker.info.numerics_id)
         if not self._told:
             self._told = True
-            self._publish(Admitted(worker.info.model_name))
+            self._publish(Admitted(worker.info.model_name, worker.info.model_id, worker.info.numerics_id))
+            for event in self._lacking:
+                self._publish(event)
 
     def _on_event(self, event: Delta | Finished) -> None:
         if isinstance(event, Delta) and event.token_ids:
@@ -131,7 +164,8 @@ class RequestRun:
         now, metrics = self._now(), self._services.metrics
         if not self._first:
             self._first = now
-            metrics.time_to_first_token_seconds.observe(now - self._job.started)
+            if not self._restored:
+                metrics.time_to_first_token_seconds.observe(now - self._job.started)
         if (last := self._last_of.get(index)) is not None:
             metrics.inter_token_latency_seconds.observe((now - last) / count)
         self._last = self._last_of[index] = now

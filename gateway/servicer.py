@@ -6,19 +6,20 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 
 from gateway import convert, validation
 from gateway.catalog import Catalog
+from gateway.live import LiveRequests
 from gateway.plain import Admitted, Asked, Event, Job
 from gateway.request import RequestRun, Services
 from gateway.stream import EventBuffer, SlowReaderError
 from gateway.tenants import ANONYMOUS, cache_scope
 from gateway.text import TextService
-from tandem.errors import DeadlineError, DrainingError, InvalidRequestError, NotFoundError, TandemError
+from tandem.errors import DeadlineError, InvalidRequestError, NotFoundError, TandemError
 from tandem.service.logging import bind_request
 from tandem.v1 import inference_pb2 as pb
 from tandem.v1 import inference_pb2_grpc
@@ -34,11 +35,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, services: Services, text: TextService, catalog: Catalog) -> None:
         """Nothing runs yet."""
         self._services, self._text, self._catalog = services, text, catalog
-        self._live: set[tuple[str, str]] = set()
-        """Requests under way, by tenant and request id."""
-        self.draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._live = LiveRequests()
+
+    @property
+    def draining(self) -> bool:
+        """Nothing new is taken."""
+        return self._live.draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._live.draining = draining
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         """Answers once, at the end."""
@@ -56,7 +62,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Streams. A coroutine and no generator: a stream must be able to end while a write waits for its client."""
 
         async def send(event: Event, job: Job) -> None:
-            await context.write(convert.stream_response(event, job.request_id, len(job.prompt)))
+            await context.write(convert.stream_response(event, job))
 
         await self._serve(convert.asked(request, self._services.config.limits), context, send)
 
@@ -67,33 +73,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         validation.check_sizes(asked, self._services.config.limits)
         self._catalog.check(asked.model)
         request_id = asked.request_id or uuid.uuid4().hex
-        with self._alive(tenant, request_id), bind_request(request_id):
-            job = await self._prepare(asked, tenant, request_id, started, context.time_remaining())
+        entered = self._live.enter(tenant, request_id, takes_over=asked.resume is not None)
+        with bind_request(request_id):
+            async with entered:
+                job = await self._prepare(asked, tenant, request_id, started, context.time_remaining())
 
-            async def write(event: Event) -> None:
-                if isinstance(event, Admitted):
-                    # Only now: once headers have arrived, a client's retry policy is committed.
-                    await context.send_initial_metadata(())
-                await send(event, job)
+                async def write(event: Event) -> None:
+                    if isinstance(event, Admitted):
+                        # Only now: once headers have arrived, a client's retry policy is committed.
+                        await context.send_initial_metadata(())
+                    await send(event, job)
 
-            await self._run(job, write)
-
-    @contextlib.contextmanager
-    def _alive(self, tenant: str, request_id: str) -> Iterator[None]:
-        """Counts the request; refuses a second one of the same tenant and id, and any while draining."""
-        key = (tenant, request_id)
-        if self.draining:
-            raise DrainingError("the gateway is about to stop")
-        if key in self._live:
-            raise InvalidRequestError(f"request_id: {request_id!r} is in use", field="request_id")
-        self._live.add(key)
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._live.discard(key)
-            if not self._live:
-                self._idle.set()
+                await self._run(job, write)
 
     async def _prepare(
         self, asked: Asked, tenant: str, request_id: str, started: float, remaining: float | None
@@ -110,6 +101,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             max_context=self._catalog.max_context,
             vocab_size=vocab_size,
         )
+        validation.check_resume(asked, sampling, stopping, vocab_size)
         timeout = patience.default_timeout if remaining is None else remaining
         return Job(
             request_id=request_id,
@@ -126,6 +118,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             arrival=time.time(),
             tenant=tenant,
             cache_scope=cache_scope(tenant, asked.cache_salt),
+            resumed=asked.resume,
         )
 
     async def _tokens(self, asked: Asked, vocab_size: int) -> list[int]:
@@ -202,7 +195,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                await self._idle.wait()
+                await self._live.idle.wait()
 
 
 async def _end_writer(writer: asyncio.Task[None], buffer: EventBuffer, seconds: float) -> None:

@@ -96,8 +96,32 @@ def sampling_params(asked: Asked, limits: Limits, vocab_size: int) -> SamplingPa
     if not 1 <= n <= limits.max_n:
         raise _bad("sampling.n", f"{n} is outside 1 to {limits.max_n}")
     _check_bias(asked, vocab_size)
-    seed = int(values.pop("seed", secrets.randbits(63)))
+    seed = _seed(asked, values.pop("seed", None), greedy=values.get("temperature") == 0)
     return SamplingParams(seed=seed, logit_bias=dict(asked.logit_bias), **values)
+
+
+def _seed(asked: Asked, named: int | None, *, greedy: bool) -> int:
+    """The request's, the one that was drawn before the stream broke off, or a new one."""
+    drawn = asked.resume.seed if asked.resume is not None else None
+    if named is not None and drawn is not None and named != drawn:
+        raise _bad("resume.seed", f"{drawn} differs from sampling.seed = {named}")
+    if named is None and drawn is None:
+        if asked.resume is not None and asked.resume.outputs and not greedy:
+            raise _bad("resume.seed", "needed to go on with outputs that are sampled; the stream's first event has it")
+        return secrets.randbits(63)
+    return (drawn or 0) if named is None else named
+
+
+def check_resume(asked: Asked, sampling: SamplingParams, stopping: StopRules, vocab_size: int) -> None:
+    """What the client says it has must be possible for this request."""
+    given = asked.resume.outputs if asked.resume is not None else ()
+    if given and len(given) != sampling.n:
+        raise _bad("resume.outputs", f"{len(given)} outputs of a request with n = {sampling.n}")
+    for output in given:
+        check_ids("resume.outputs.token_ids", output.token_ids, vocab_size)
+        if len(output.token_ids) > stopping.max_tokens:
+            count, most = len(output.token_ids), stopping.max_tokens
+            raise _bad("resume.outputs.token_ids", f"{count} tokens of an output of at most {most}")
 
 
 def _check_bias(asked: Asked, vocab_size: int) -> None:
