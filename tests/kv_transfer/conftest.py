@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,10 @@ from kv_transfer.session import Receiver, ReceiveSession, Sender, SendSession
 from kv_transfer.transport import SourceTransport, TargetTransport
 from tandem.kv_layout import KvLayout
 from tandem.record import OutputState, Record, SamplingParams, StopRules
+
+_HERE = str(Path(__file__).parent)
+if _HERE not in sys.path:  # helper modules: importlib mode leaves sys.path alone
+    sys.path.insert(0, _HERE)
 
 LAYOUT = KvLayout(block_size=4, dtype="float32", num_layers=2, num_kv_heads=3, head_dim=8)
 NUM_BLOCKS = 32
