@@ -29,8 +29,7 @@ class Ended:
 def ended_by(exc: grpc.aio.AioRpcError) -> Ended:
     """A worker that answers sends details with its status; without them the transport speaks: the worker is gone."""
     error = status.from_rpc_error(exc)
-    answered = any(key == status.DETAILS_KEY for key, _ in exc.trailing_metadata() or ())
-    if answered or isinstance(error, DeadlineError):
+    if status.answered(exc) or isinstance(error, DeadlineError):
         return Ended(error)
     died = exc.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
     return Ended(error, died=died or exc.code() is grpc.StatusCode.INTERNAL)

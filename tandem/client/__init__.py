@@ -9,9 +9,10 @@
                 if isinstance(event, Delta):
                     print(event.text, end="")
 
-`AsyncClient` is the same with `await` and `async for`. Errors are `tandem.errors`. Calls that find the gateway
-unavailable are retried by gRPC while no answer has begun. Closing or leaving a stream cancels the request on the
-server.
+`AsyncClient` is the same with `await` and `async for`. Errors are `tandem.errors`. With several gateways
+(`addresses=[...]`) a stream whose gateway is lost goes on at the next one, and with one gateway at that one once it is
+back: nothing comes twice, and the tokens are the same. Tries are bounded in number and by the timeout. Closing or
+leaving a stream cancels the request on the server.
 """
 
 from __future__ import annotations

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 
 from tandem.client import convert
+from tandem.client.going_on import Progress, Route, Tries, repeated
 from tandem.client.types import Event, GenerateResult, Message, Model, Options
-from tandem.service import status
 from tandem.service.channel import open_channel
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
-T = TypeVar("T")
-
 
 class AsyncClient:
-    """A connection to a gateway. Opened lazily, closed by `close` or `async with`."""
+    """Connections to one or more gateways. Opened lazily, closed by `close` or `async with`."""
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
-        """`address` is HOST:PORT or a gRPC target. `timeout` (seconds) holds for calls that name none; None: the
-        server's.
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        addresses: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """`address` is HOST:PORT or a gRPC target. `addresses`, in its place, are several gateways of the same workers;
+        when one is lost, the next is asked. `timeout` (seconds) holds for calls that name none; None: the server's.
         """
-        self._channel = open_channel(address, retries=True)
-        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._route = Route(address, addresses, open_channel)
+        self._stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(one) for one in self._route.channels]
         self._timeout = timeout
 
     async def generate(
@@ -40,7 +45,7 @@ class AsyncClient:
     ) -> GenerateResult:
         """Generates from raw text, token ids or chat messages and returns the whole answer. Raises TandemErrors."""
         request = convert.build_request(inference_pb2.GenerateRequest, prompt, token_ids, messages, options)
-        return convert.result_of(await self._call(self._stub.Generate, request, timeout))
+        return convert.result_of(await self._call("Generate", request, timeout))
 
     async def chat(
         self,
@@ -63,29 +68,31 @@ class AsyncClient:
     ) -> AsyncStream:
         """Events as they come; errors are raised while iterating. Use with `async with`, so that leaving cancels."""
         request = convert.build_request(inference_pb2.GenerateStreamRequest, prompt, token_ids, messages, options)
-        return AsyncStream(self._stub.GenerateStream(request, timeout=convert.deadline(timeout, self._timeout)))
+        tries = Tries(self._route, convert.deadline(timeout, self._timeout))
+        return AsyncStream(self._route, self._stubs, Progress(request, tries))
 
     async def tokenize(
         self, text: str | None = None, *, messages: Sequence[Message] | None = None, model: str = ""
     ) -> list[int]:
         """Token ids of text or of chat messages."""
-        response = await self._call(self._stub.Tokenize, convert.tokenize_request(text, messages, model), None)
+        response = await self._call("Tokenize", convert.tokenize_request(text, messages, model), None)
         return list(response.token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         request = convert.detokenize_request(token_ids, model, skip_special_tokens=skip_special_tokens)
-        response: inference_pb2.DetokenizeResponse = await self._call(self._stub.Detokenize, request, None)
+        response: inference_pb2.DetokenizeResponse = await self._call("Detokenize", request, None)
         return response.text
 
     async def models(self) -> list[Model]:
         """The models served now."""
-        response = await self._call(self._stub.ListModels, inference_pb2.ListModelsRequest(), None)
+        response = await self._call("ListModels", inference_pb2.ListModelsRequest(), None)
         return [convert.model_of(model) for model in response.models]
 
     async def close(self) -> None:
         """Closes the connection; running calls end."""
-        await self._channel.close()
+        self._route.closed = True
+        await asyncio.gather(*(channel.close() for channel in self._route.channels))
 
     async def __aenter__(self) -> Self:
         """The client itself."""
@@ -97,36 +104,55 @@ class AsyncClient:
         """Closes."""
         await self.close()
 
-    async def _call(self, method: Callable[..., Awaitable[T]], request: Any, seconds: float | None) -> T:
-        try:
-            return await method(request, timeout=convert.deadline(seconds, self._timeout))
-        except grpc.RpcError as exc:
-            raise status.from_rpc_error(exc) from exc
+    async def _call(self, method: str, request: Any, seconds: float | None) -> Any:
+        """A call whose answer comes at once: it begins again where a gateway is lost."""
+        tries = Tries(self._route, convert.deadline(seconds, self._timeout))
+        while True:
+            at = self._route.at
+            try:
+                return await getattr(self._stubs[at], method)(request, timeout=tries.remaining)
+            except grpc.RpcError as exc:
+                pause = tries.pause_after(exc, at=at)
+            await asyncio.sleep(pause)
+            request = repeated(request)
 
 
 class AsyncStream(AsyncIterator[Event]):
     """The events of one request. Ends after `End`; `close` (or leaving `async with`) before that cancels the
-    request.
+    request. Where a gateway is lost it goes on at another, or at the same once that is back.
     """
 
-    def __init__(self, call: Any) -> None:
-        """`call` is the gRPC call; the client makes it."""
-        self._call = call
+    def __init__(self, route: Route[Any], stubs: Sequence[Any], progress: Progress) -> None:
+        """Begins the call; the client makes it."""
+        self._route, self._stubs, self._progress = route, stubs, progress
+        self._over = asyncio.Event()
+        self._begin()
         self._events = self._read()
-        self._closed = False
+
+    def _begin(self) -> None:
+        self._at = self._route.at
+        stub, progress = self._stubs[self._at], self._progress
+        self._call = stub.GenerateStream(progress.request(), timeout=progress.tries.remaining)
 
     async def _read(self) -> AsyncIterator[Event]:
-        try:
-            async for response in self._call:
-                for event in convert.events_of(response):
-                    yield event
-        except grpc.RpcError as exc:
-            raise status.from_rpc_error(exc) from exc
-        except asyncio.CancelledError:
-            # gRPC says the same of a call that `close` ended and of a reader whose task is cancelled.
-            task = asyncio.current_task()
-            if not self._closed or (task is not None and task.cancelling()):
-                raise
+        while not self._over.is_set():
+            try:
+                async for response in self._call:
+                    for event in self._progress.take(response):
+                        yield event
+                return
+            except grpc.RpcError as exc:
+                pause = self._progress.pause_after(exc, at=self._at)
+            except asyncio.CancelledError:
+                # gRPC says the same of a call that `close` ended and of a reader whose task is cancelled.
+                task = asyncio.current_task()
+                if not self._over.is_set() or (task is not None and task.cancelling()):
+                    raise
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), pause)
+            if not self._over.is_set():
+                self._begin()
 
     async def __anext__(self) -> Event:
         """The next event. Raises TandemErrors."""
@@ -134,7 +160,7 @@ class AsyncStream(AsyncIterator[Event]):
 
     async def close(self) -> None:
         """Cancels the request if it still runs. A task that reads the stream comes to its end."""
-        self._closed = True
+        self._over.set()
         self._call.cancel()
 
     async def __aenter__(self) -> Self:

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 
 from tandem.client import convert
+from tandem.client.going_on import Progress, Route, Tries, repeated
 from tandem.client.types import Event, GenerateResult, Message, Model, Options
-from tandem.service import status
 from tandem.service.channel import open_blocking_channel
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
-T = TypeVar("T")
-
 
 class Client:
-    """A connection to a gateway. Opened lazily, closed by `close` or `with`."""
+    """Connections to one or more gateways. Opened lazily, closed by `close` or `with`."""
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = None) -> None:
-        """`address` is HOST:PORT or a gRPC target. `timeout` (seconds) holds for calls that name none; None: the
-        server's.
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        addresses: Sequence[str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """`address` is HOST:PORT or a gRPC target. `addresses`, in its place, are several gateways of the same workers;
+        when one is lost, the next is asked. `timeout` (seconds) holds for calls that name none; None: the server's.
         """
-        self._channel = open_blocking_channel(address, retries=True)
-        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._route = Route(address, addresses, open_blocking_channel)
+        self._stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(one) for one in self._route.channels]
         self._timeout = timeout
 
     def generate(
@@ -39,7 +45,7 @@ class Client:
     ) -> GenerateResult:
         """Generates from raw text, token ids or chat messages and returns the whole answer. Raises TandemErrors."""
         request = convert.build_request(inference_pb2.GenerateRequest, prompt, token_ids, messages, options)
-        return convert.result_of(self._call(self._stub.Generate, request, timeout))
+        return convert.result_of(self._call("Generate", request, timeout))
 
     def chat(
         self, messages: Sequence[Message], *, timeout: float | None = None, **options: Unpack[Options]
@@ -58,28 +64,32 @@ class Client:
     ) -> Stream:
         """Events as they come; errors are raised while iterating. Use as a context manager, so that leaving cancels."""
         request = convert.build_request(inference_pb2.GenerateStreamRequest, prompt, token_ids, messages, options)
-        return Stream(self._stub.GenerateStream(request, timeout=convert.deadline(timeout, self._timeout)))
+        tries = Tries(self._route, convert.deadline(timeout, self._timeout))
+        return Stream(self._route, self._stubs, Progress(request, tries))
 
     def tokenize(
         self, text: str | None = None, *, messages: Sequence[Message] | None = None, model: str = ""
     ) -> list[int]:
         """Token ids of text or of chat messages."""
         request = convert.tokenize_request(text, messages, model)
-        return list(self._call(self._stub.Tokenize, request, None).token_ids)
+        return list(self._call("Tokenize", request, None).token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, model: str = "", skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         request = convert.detokenize_request(token_ids, model, skip_special_tokens=skip_special_tokens)
-        return self._call(self._stub.Detokenize, request, None).text
+        text: str = self._call("Detokenize", request, None).text
+        return text
 
     def models(self) -> list[Model]:
         """The models served now."""
-        response = self._call(self._stub.ListModels, inference_pb2.ListModelsRequest(), None)
+        response = self._call("ListModels", inference_pb2.ListModelsRequest(), None)
         return [convert.model_of(model) for model in response.models]
 
     def close(self) -> None:
         """Closes the connection; running calls end."""
-        self._channel.close()
+        self._route.closed = True
+        for channel in self._route.channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         """The client itself."""
@@ -91,31 +101,50 @@ class Client:
         """Closes."""
         self.close()
 
-    def _call(self, method: Callable[..., T], request: Any, timeout: float | None) -> T:
-        try:
-            return method(request, timeout=convert.deadline(timeout, self._timeout))
-        except grpc.RpcError as exc:
-            raise status.from_rpc_error(exc) from exc
+    def _call(self, method: str, request: Any, timeout: float | None) -> Any:
+        """A call whose answer comes at once: it begins again where a gateway is lost."""
+        tries = Tries(self._route, convert.deadline(timeout, self._timeout))
+        while True:
+            at = self._route.at
+            try:
+                return getattr(self._stubs[at], method)(request, timeout=tries.remaining)
+            except grpc.RpcError as exc:
+                pause = tries.pause_after(exc, at=at)
+            time.sleep(pause)
+            request = repeated(request)
 
 
 class Stream(Iterator[Event]):
     """The events of one request. Ends after `End`; `close` (or leaving the `with` block) before that cancels the
-    request.
+    request. Where a gateway is lost it goes on at another, or at the same once that is back.
     """
 
-    def __init__(self, call: Any) -> None:
-        """`call` is the gRPC call; the client makes it."""
-        self._call = call
+    def __init__(self, route: Route[Any], stubs: Sequence[Any], progress: Progress) -> None:
+        """Begins the call; the client makes it."""
+        self._route, self._stubs, self._progress = route, stubs, progress
+        self._over = threading.Event()
+        self._begin()
         self._events = self._read()
-        self._closed = False
+
+    def _begin(self) -> None:
+        self._at = self._route.at
+        stub, progress = self._stubs[self._at], self._progress
+        self._call = stub.GenerateStream(progress.request(), timeout=progress.tries.remaining)
 
     def _read(self) -> Iterator[Event]:
-        try:
-            for response in self._call:
-                yield from convert.events_of(response)
-        except grpc.RpcError as exc:
-            if not self._closed:
-                raise status.from_rpc_error(exc) from exc
+        while not self._over.is_set():
+            try:
+                for response in self._call:
+                    yield from self._progress.take(response)
+                return
+            except grpc.RpcError as exc:
+                if self._over.is_set():
+                    return
+                pause = self._progress.pause_after(exc, at=self._at)
+            if not self._over.wait(pause):
+                self._begin()
+                if self._over.is_set():  # `close` in another thread may have ended the call before
+                    self._call.cancel()
 
     def __next__(self) -> Event:
         """The next event. Raises TandemErrors."""
@@ -123,7 +152,7 @@ class Stream(Iterator[Event]):
 
     def close(self) -> None:
         """Cancels the request if it still runs. May be called from another thread."""
-        self._closed = True
+        self._over.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:

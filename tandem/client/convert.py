@@ -130,7 +130,8 @@ def events_of(response: inference_pb2.GenerateStreamResponse) -> Iterator[Event]
     """The event in a stream's message; none for a kind that a later version added."""
     kind = response.WhichOneof("event")
     if kind == "prompt":
-        yield PromptAccepted(response.request_id, response.prompt.model, response.prompt.prompt_tokens)
+        prompt = response.prompt
+        yield PromptAccepted(response.request_id, prompt.model, prompt.prompt_tokens, prompt.seed)
     elif kind == "delta":
         delta = response.delta
         logprobs = tuple(logprobs_from_pb(delta.logprobs)) if delta.HasField("logprobs") else ()

@@ -70,6 +70,8 @@ class PromptAccepted:
     request_id: str
     model: str
     prompt_tokens: int
+    seed: int = 0
+    """The request's, or the one that the gateway drew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
-"""gRPC channels as every client of Tandem opens them: limits, keepalive, quick reconnects, retries where asked for."""
+"""gRPC channels as every client of Tandem opens them: limits, keepalive, quick reconnects."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import grpc
@@ -13,29 +12,12 @@ from tandem.service import address as addresses
 MAX_MESSAGE_BYTES = 64 << 20
 BULK_WINDOW_BYTES = 8 << 20
 
-_RETRIES = {
-    "methodConfig": [
-        {
-            "name": [{"service": "tandem.v1.InferenceService"}],
-            # gRPC retries only while no response header has arrived: a server that sends them after admission is asked
-            # once.
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
 
-
-def channel_options(target: str, *, for_bulk: bool = False, retries: bool = False) -> list[tuple[str, Any]]:
+def channel_options(target: str, *, for_bulk: bool = False) -> list[tuple[str, Any]]:
     """Options of a client channel.
 
     `for_bulk` gives a connection of its own with large windows, so that KV bytes never stand in front of control
-    messages. `retries` sets the public API's service config (UNAVAILABLE, before response headers).
+    messages. gRPC's own retries are off: who calls knows what may be repeated.
     """
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -49,11 +31,9 @@ def channel_options(target: str, *, for_bulk: bool = False, retries: bool = Fals
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 1_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),
-        ("grpc.enable_retries", int(retries)),
+        ("grpc.enable_retries", 0),
         ("grpc.enable_http_proxy", int(not _is_loopback(target))),
     ]
-    if retries:
-        options.append(("grpc.service_config", json.dumps(_RETRIES)))
     if for_bulk:
         options += [
             ("grpc.use_local_subchannel_pool", 1),
@@ -63,14 +43,14 @@ def channel_options(target: str, *, for_bulk: bool = False, retries: bool = Fals
     return options
 
 
-def open_channel(address: str, *, for_bulk: bool = False, retries: bool = False) -> grpc.aio.Channel:
+def open_channel(address: str, *, for_bulk: bool = False) -> grpc.aio.Channel:
     """An asyncio channel to HOST:PORT (or a gRPC target such as dns:///NAME:PORT). Connects lazily."""
-    return grpc.aio.insecure_channel(address, options=channel_options(address, for_bulk=for_bulk, retries=retries))
+    return grpc.aio.insecure_channel(address, options=channel_options(address, for_bulk=for_bulk))
 
 
-def open_blocking_channel(address: str, *, retries: bool = False) -> grpc.Channel:
+def open_blocking_channel(address: str) -> grpc.Channel:
     """The same for blocking code: the CLI and `Client`."""
-    return grpc.insecure_channel(address, options=channel_options(address, retries=retries))
+    return grpc.insecure_channel(address, options=channel_options(address))
 
 
 def _is_loopback(target: str) -> bool:

@@ -86,6 +86,11 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], exc: BaseException)
     raise AssertionError("context.abort returned")
 
 
+def answered(error: Any) -> bool:
+    """True when the other side itself ended the call: its status has details. Without them gRPC speaks."""
+    return any(key == DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+
+
 def from_rpc_error(error: grpc.RpcError) -> errors.TandemError:
     """The exception that the other side raised, as far as its status tells; for statuses of gRPC itself the nearest
     one.

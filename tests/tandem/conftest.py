@@ -27,6 +27,9 @@ class FakeGateway(pb_grpc.InferenceServiceServicer):
         self.fail: Callable[[int], BaseException | None] = lambda call: None
         self.cancelled = threading.Event()
         self.hang = False
+        self.cuts: list[int] = []
+        """Of the next streams: after so many events the connection breaks, as far as a client can see."""
+        self.seed: int | None = 7
 
     def _check(self, request: Any) -> None:
         self.requests.append(request)
@@ -46,11 +49,21 @@ class FakeGateway(pb_grpc.InferenceServiceServicer):
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Any) -> AsyncIterator[Any]:
         self._check(request)
+        left = self.cuts.pop(0) if self.cuts else None
+        async for response in self._answer(request):
+            if left == 0:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+            left = None if left is None else left - 1
+            yield response
+
+    async def _answer(self, request: pb.GenerateStreamRequest) -> AsyncIterator[Any]:
         words = _words(request)
-        yield pb.GenerateStreamResponse(
-            request_id="r", prompt=pb.PromptAccepted(model="fake", prompt_tokens=len(words))
-        )
+        prompt = pb.PromptAccepted(model="fake", prompt_tokens=len(words), seed=self.seed)
+        yield pb.GenerateStreamResponse(request_id="r", prompt=prompt)
+        given = request.resume.outputs[0].token_ids if request.resume.outputs else ()
         for token, word in enumerate(words):
+            if token < len(given):
+                continue
             logprobs = types_pb2.TokenLogprobs(
                 token_logprobs=[-0.5], top_count=2, top_token_ids=[token, 9], top_logprobs=[-0.5, -1.5]
             )
@@ -58,8 +71,9 @@ class FakeGateway(pb_grpc.InferenceServiceServicer):
             yield pb.GenerateStreamResponse(request_id="r", delta=delta)
         if self.hang:
             await self._hang()
-        finished = pb.ChoiceFinished(finish_reason=types_pb2.FINISH_REASON_LENGTH)
-        yield pb.GenerateStreamResponse(request_id="r", finished=finished)
+        if not (given and request.resume.outputs[0].finish_reason):
+            finished = pb.ChoiceFinished(finish_reason=types_pb2.FINISH_REASON_LENGTH)
+            yield pb.GenerateStreamResponse(request_id="r", finished=finished)
         yield pb.GenerateStreamResponse(request_id="r", end=pb.GenerationEnd(usage=_usage(words)))
 
     async def _hang(self) -> None:
@@ -109,23 +123,29 @@ class LoopThread:
 
 
 @pytest.fixture
-def fake_gateway() -> Iterator[tuple[FakeGateway, str]]:
-    """A gateway served from another thread, and its address."""
+def fake_gateways() -> Iterator[list[tuple[FakeGateway, str]]]:
+    """Two gateways served from another thread, and their addresses."""
     thread = LoopThread()
-    servicer = FakeGateway()
 
-    async def start() -> tuple[ServerShell, str]:
-        shell = ServerShell("gateway", "127.0.0.1:0")
+    async def start() -> tuple[FakeGateway, ServerShell, str]:
+        servicer, shell = FakeGateway(), ServerShell("gateway", "127.0.0.1:0")
         pb_grpc.add_InferenceServiceServicer_to_server(servicer, shell.server)
         shell.add_service(SERVICE)
         address = await shell.start()
         shell.set_serving(True)
-        return shell, address
+        return servicer, shell, address
 
-    shell, address = thread.run(start())
-    yield servicer, address
-    thread.run(shell.server.stop(0))
+    served = [thread.run(start()) for _ in range(2)]
+    yield [(servicer, address) for servicer, _, address in served]
+    for _, shell, _ in served:
+        thread.run(shell.server.stop(0))
     thread.close()
+
+
+@pytest.fixture
+def fake_gateway(fake_gateways: list[tuple[FakeGateway, str]]) -> tuple[FakeGateway, str]:
+    """The first of them."""
+    return fake_gateways[0]
 
 
 @pytest.fixture

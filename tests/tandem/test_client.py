@@ -49,7 +49,7 @@ def test_stream(call: Any) -> None:
     """First the prompt, then deltas with log probabilities, finished, end."""
     events = call("stream", "one two")
     assert [type(event) for event in events] == [PromptAccepted, Delta, Delta, Finished, End]
-    assert events[0] == PromptAccepted("r", "fake", 2)
+    assert events[0] == PromptAccepted("r", "fake", 2, 7)
     assert events[2] == Delta(0, "two ", (1,), (TokenLogprobs(-0.5, (1, 9), (-0.5, -1.5)),))
     assert events[3].finish_reason is FinishReason.LENGTH
 
@@ -141,7 +141,7 @@ def test_server_errors_come_back_as_they_were(call: Any, fake_gateway: Any) -> N
 
 
 def test_unavailable_is_retried_before_the_answer_begins(call: Any, fake_gateway: Any) -> None:
-    """By service config: two refusals, then the answer."""
+    """Two refusals, then the answer."""
     servicer = fake_gateway[0]
     for method in ("generate", "stream"):
         before = len(servicer.requests)

@@ -1,0 +1,129 @@
+"""Both clients with several gateways, of which some are lost."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tandem import errors
+from tandem.client import AsyncClient, Client, Delta, End, Finished, PromptAccepted, going_on
+
+WORDS = "one twö three four"
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries follow each other closely."""
+    monkeypatch.setattr(going_on, "FIRST_PAUSE", 0.001)
+
+
+@pytest.fixture(params=["blocking", "async"])
+def call(request: pytest.FixtureRequest, fake_gateways: Any) -> Any:
+    """`call(method, *args, **options)` on either client of both gateways; streams come as lists."""
+    addresses = [address for _, address in fake_gateways]
+
+    def blocking(method: str, *args: Any, **options: Any) -> Any:
+        with Client(addresses=options.pop("addresses", addresses), timeout=20) as client:
+            result = getattr(client, method)(*args, **options)
+            return list(result) if method == "stream" else result
+
+    def asynchronous(method: str, *args: Any, **options: Any) -> Any:
+        async def run() -> Any:
+            async with AsyncClient(addresses=options.pop("addresses", addresses), timeout=20) as client:
+                result = getattr(client, method)(*args, **options)
+                return [event async for event in result] if method == "stream" else await result
+
+        return asyncio.run(run())
+
+    return blocking if request.param == "blocking" else asynchronous
+
+
+@pytest.mark.parametrize("cut", range(7))
+def test_another_gateway_goes_on(call: Any, fake_gateways: Any, cut: int) -> None:
+    """Whatever had come: each event once, in order; the second is told what the client has."""
+    (first, _), (second, _) = fake_gateways
+    first.cuts = [cut]
+    events = call("stream", WORDS)
+    assert [type(event) for event in events] == [PromptAccepted, *[Delta] * 4, Finished, End]
+    assert "".join(event.text for event in events if isinstance(event, Delta)) == WORDS + " "
+    (asked,), (resumed,) = first.requests, second.requests
+    assert asked.request_id == resumed.request_id != ""
+    assert not asked.HasField("resume")
+    assert resumed.HasField("resume")
+    if cut == 0:
+        assert not resumed.resume.outputs
+        return
+    (output,) = resumed.resume.outputs
+    given = WORDS.split()[: min(cut - 1, 4)]
+    assert list(output.token_ids) == list(range(len(given)))
+    assert output.text_bytes == len("".join(word + " " for word in given).encode())
+    assert resumed.resume.seed == 7
+    assert bool(output.finish_reason) == (cut > 5)
+
+
+def test_the_same_gateway_goes_on_too(call: Any, fake_gateways: Any) -> None:
+    """One address is enough; the count of tries begins again with each token."""
+    servicer, address = fake_gateways[0]
+    servicer.cuts = [2] * 3
+    events = call("stream", WORDS, addresses=[address])
+    assert "".join(event.text for event in events if isinstance(event, Delta)) == WORDS + " "
+    assert len(servicer.requests) == 4
+
+
+def test_tries_are_bounded(call: Any, fake_gateways: Any) -> None:
+    """Gateways that bring nothing new end the stream."""
+    for servicer, _ in fake_gateways:
+        servicer.cuts = [1] * 100
+    with pytest.raises(errors.UnavailableError, match="Socket closed"):
+        call("stream", WORDS)
+    assert sum(len(servicer.requests) for servicer, _ in fake_gateways) == going_on.RESUMES
+
+
+def test_the_deadline_bounds_them_too(call: Any, fake_gateways: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pause goes past it."""
+    monkeypatch.setattr(going_on, "FIRST_PAUSE", 60.0)
+    monkeypatch.setattr(going_on, "LONGEST_PAUSE", 60.0)
+    fake_gateways[0][0].cuts = [1]
+    with pytest.raises(errors.DeadlineError, match="Socket closed"):
+        call("stream", WORDS, timeout=10)
+
+
+def test_what_the_gateway_says_itself_is_final(call: Any, fake_gateways: Any) -> None:
+    """Another would say the same of the request; but UNAVAILABLE it may not be."""
+    (first, _), (second, _) = fake_gateways
+    first.fail = lambda n: errors.InternalError("aboard two workers that died", reason="POISON_REQUEST")
+    with pytest.raises(errors.InternalError):
+        call("stream", WORDS)
+    assert not second.requests
+    first.fail = lambda n: errors.DrainingError("about to stop")
+    assert call("stream", WORDS)
+    assert len(second.requests) == 1
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_gateways_that_cannot_resume(call: Any, fake_gateways: Any, which: int) -> None:
+    """Of a version before: nothing is given twice, and no other tokens are drawn."""
+    fake_gateways[0][0].cuts = [2]
+    fake_gateways[which][0].seed = None
+    with pytest.raises(errors.UnavailableError if which == 0 else errors.IncompatibleError):
+        call("stream", WORDS)
+
+
+def test_calls_that_answer_at_once(call: Any, fake_gateways: Any) -> None:
+    """They begin again at the next gateway, and stay there."""
+    addresses = ["127.0.0.1:9", fake_gateways[1][1]]
+    assert call("generate", WORDS, addresses=addresses).text == WORDS + " "
+    assert call("models", addresses=addresses)
+    assert fake_gateways[1][0].requests[0].HasField("resume"), "an old one under its id would be in its way"
+
+
+def test_nobody_anywhere(call: Any) -> None:
+    with pytest.raises(errors.UnavailableError):
+        call("generate", "x", addresses=["127.0.0.1:9", "127.0.0.1:10", "127.0.0.1:11"])
+
+
+def test_no_addresses() -> None:
+    with pytest.raises(errors.ConfigError):
+        Client(addresses=[])
