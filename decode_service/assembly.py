@@ -17,12 +17,18 @@ from engine.block_pool import BlockPool
 from kv_transfer.pool import PoolView
 from kv_transfer.registry import target_transport
 from tandem.service.metrics import Metrics
+from tandem.service.peers import callers
 from tandem.service.server import ServerShell
+from tandem.service.tls import ROLE_NAMES, Tls
 from tandem.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc
 from worker import assembly
 from worker.identity import WorkerIdentity
 
-SERVICES = ("tandem.v1.DecodeService", "tandem.v1.KvTransferService")
+SERVICES = {
+    "tandem.v1.DecodeService": ROLE_NAMES["gateway"],
+    "tandem.v1.KvTransferService": ROLE_NAMES["prefill"],
+}
+"""What a decode worker serves, and whose certificate it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +57,11 @@ class Assembly(assembly.Assembly):
         await asyncio.to_thread(self.transfers.close)
 
 
-def assemble(parts: Parts, listen: str, metrics: Metrics | None = None) -> Assembly:
-    """Build a worker and its server. Inside a running event loop. Raises ConfigError."""
+def assemble(parts: Parts, listen: str, metrics: Metrics | None = None, tls: Tls | None = None) -> Assembly:
+    """Build a worker and its server. Inside a running event loop. Raises ConfigError.
+
+    With `tls` only gateways may have it decode, and only prefill workers may send it KV.
+    """
     identity = parts.identity
     generations = memoryview(bytearray(8 * identity.total_blocks)).cast("Q")
     pool = BlockPool(
@@ -67,7 +76,7 @@ def assemble(parts: Parts, listen: str, metrics: Metrics | None = None) -> Assem
         stream_limit=parts.stream_limit,
     )
     transfers = TransferServicer(worker, {name: target_transport(name) for name in identity.transports})
-    shell = ServerShell("decode", listen)
+    shell = ServerShell("decode", listen, tls=tls, admit=callers(SERVICES) if tls is not None else None)
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker), shell.server)
     kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(transfers, shell.server)
     for name in SERVICES:

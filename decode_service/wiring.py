@@ -22,5 +22,5 @@ async def serve(flags: Flags) -> int:
         "decode",
         flags,
         lambda: loading.load(flags),
-        lambda engine, address, metrics: assemble(parts_of(engine, flags, address), flags.listen, metrics),
+        lambda engine, address, metrics, tls: assemble(parts_of(engine, flags, address), flags.listen, metrics, tls),
     )

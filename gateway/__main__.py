@@ -13,6 +13,7 @@ from gateway.wiring import Bindings, Gateway
 from tandem.errors import ConfigError
 from tandem.service import address as addresses
 from tandem.service import logging, server
+from tandem.service.tls import add_tls_flags, tls_files
 
 
 def _positive(text: str) -> int:
@@ -65,6 +66,13 @@ def parser() -> argparse.ArgumentParser:
         default=config.local_prefill_threshold,
         help="prompts that lack at most this many tokens are computed by the decode worker",
     )
+    add_tls_flags(flags)
+    add(
+        "--tls-client-auth",
+        choices=("none", "required"),
+        default="none",
+        help="required: only clients with a certificate of --tls-ca connect",
+    )
     add("--drain-grace", type=_grace, default=30.0, help="seconds that running requests get after SIGTERM")
     add("--log-level", default="info", choices=logging.LEVELS)
     return flags
@@ -78,8 +86,18 @@ def _bindings(flags: argparse.Namespace) -> Bindings:
         raise ConfigError("--decode-worker: at least one is needed, or --workers-file")
     for text in listed:
         addresses.parse(text, flag="--prefill-worker/--decode-worker")
+    tls = tls_files(flags.tls_cert, flags.tls_key, flags.tls_ca)
+    if tls is None and flags.tls_client_auth != "none":
+        raise ConfigError("--tls-client-auth: it needs --tls-cert, --tls-key and --tls-ca")
     return Bindings(
-        flags.model, flags.listen, flags.http, flags.workers_file, flags.prefill_worker, flags.decode_worker
+        flags.model,
+        flags.listen,
+        flags.http,
+        flags.workers_file,
+        flags.prefill_worker,
+        flags.decode_worker,
+        tls,
+        client_certificates=flags.tls_client_auth == "required",
     )
 
 

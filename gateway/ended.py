@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from tandem.errors import DeadlineError, TandemError, UnavailableError
+from tandem.errors import DeadlineError, PermissionDeniedError, TandemError, UnauthenticatedError, UnavailableError
 from tandem.service import status
 
 
@@ -29,6 +29,11 @@ class Ended:
 def ended_by(exc: grpc.aio.AioRpcError) -> Ended:
     """A worker that answers sends details with its status; without them the transport speaks: the worker is gone."""
     error = status.from_rpc_error(exc)
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        # Between the services: whose certificates don't fit is nothing that the client did.
+        refused = UnavailableError(f"a worker refuses its caller: {error.message}", reason="CALLER_REFUSED")
+        refused.metadata = error.metadata
+        return Ended(refused)
     if status.answered(exc) or isinstance(error, DeadlineError):
         return Ended(error)
     died = exc.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)

@@ -14,6 +14,7 @@ from gateway.workers import Worker
 from tandem.errors import ConfigError
 from tandem.service import address as addresses
 from tandem.service.logging import get_logger
+from tandem.service.tls import Tls
 
 _log = get_logger(__name__)
 
@@ -44,9 +45,9 @@ def _checked(items: object, path: Path) -> tuple[str, ...]:
 class WorkerPool:
     """All workers that are listed. `changed` callbacks run after every change of any of them."""
 
-    def __init__(self, *, silence: float = 3.0) -> None:
-        """`silence`: seconds without a load report after which a worker counts as lost."""
-        self._silence = silence
+    def __init__(self, *, silence: float = 3.0, tls: Tls | None = None) -> None:
+        """`silence`: seconds without a load report after which a worker counts as lost. `tls`: how to call them."""
+        self._silence, self._tls = silence, tls
         self._workers: dict[tuple[str, str], Worker] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._gone: set[asyncio.Task[None]] = set()
@@ -85,7 +86,7 @@ class WorkerPool:
             worker.connected = False
             self._retire(worker)
         for role, address in wanted - self._workers.keys():
-            worker = Worker(role, address, self._notify, silence=self._silence)
+            worker = Worker(role, address, self._notify, silence=self._silence, tls=self._tls)
             self._workers[role, address] = worker
             self._tasks[role, address] = asyncio.create_task(worker.watch(), name=f"watch {role} {address}")
         self._notify()

@@ -22,6 +22,7 @@ from gateway.servicer import InferenceServicer
 from gateway.text import TextService
 from tandem.service.metrics import Metrics
 from tandem.service.server import ServerShell
+from tandem.service.tls import ROLE_NAMES, Tls, TlsFiles
 from tandem.v1 import inference_pb2_grpc
 
 SERVICE = "tandem.v1.InferenceService"
@@ -37,6 +38,9 @@ class Bindings:
     workers_file: Path | None = None
     prefill: Sequence[str] = ()
     decode: Sequence[str] = ()
+    tls: TlsFiles | None = None
+    client_certificates: bool = False
+    """With TLS: only clients with a certificate of the authorities connect."""
 
 
 class Gateway:
@@ -46,13 +50,14 @@ class Gateway:
         """Loads the tokenizer unless `text` is given. Inside a running loop. Raises ConfigError."""
         self._bindings = bindings
         self.text = text or TextService.load(bindings.model)
-        self.pool = WorkerPool(silence=config.patience.heartbeat_timeout)
+        tls = Tls(bindings.tls, ROLE_NAMES["gateway"]) if bindings.tls is not None else None
+        self.pool = WorkerPool(silence=config.patience.heartbeat_timeout, tls=tls)
         self.metrics = Metrics("gateway")
         pairing = Pairing(self.pool, config)
         dispatcher = Dispatcher(self.pool, pairing, config)
         services = Services(config, dispatcher, pairing, self.text.tokenizer, self.metrics)
         self.servicer = InferenceServicer(services, self.text, Catalog(self.pool, self.text.tokenizer))
-        self.shell = ServerShell("gateway", bindings.listen)
+        self.shell = ServerShell("gateway", bindings.listen, tls=tls, client_certificates=bindings.client_certificates)
         self.http = HttpServer(bindings.http, self.metrics.registry, lambda: self.serving)
         self.address = self.http_address = ""
 

@@ -17,14 +17,17 @@ import grpc
 from gateway.affinity import PrefixMemory
 from gateway.feed import TokenFeed
 from gateway.silence import Silence
-from tandem.service.channel import open_channel
+from tandem.service.channel import open_service_channel
 from tandem.service.logging import get_logger
+from tandem.service.tls import Tls
 from tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 
 _log = get_logger(__name__)
 
 INFO_TIMEOUT = 3.0
 RETRY_PAUSE = 0.2
+OLD_CHANNEL_SECONDS = 3600.0
+"""Most that calls on a channel with an earlier certificate may go on."""
 FEED_PAUSE = 0.5
 """Least seconds between two feeds of one worker."""
 
@@ -32,16 +35,15 @@ FEED_PAUSE = 0.5
 class Worker:
     """One worker process behind one address."""
 
-    def __init__(self, role: str, address: str, changed: Callable[[], None], *, silence: float = 3.0) -> None:
+    def __init__(
+        self, role: str, address: str, changed: Callable[[], None], *, silence: float = 3.0, tls: Tls | None = None
+    ) -> None:
         """`role` is prefill or decode; `changed` is called after every change; `silence` in seconds."""
         self.role, self.address = role, address
         self._changed, self._silence = changed, silence
-        self.channel = open_channel(address)
-        self.stub: Any = (
-            prefill_pb2_grpc.PrefillServiceStub(self.channel)
-            if role == "prefill"
-            else decode_pb2_grpc.DecodeServiceStub(self.channel)
-        )
+        self._tls = tls
+        self._closing: set[asyncio.Task[None]] = set()
+        self._connect()
         self.info = types_pb2.WorkerInfo()
         self.load = types_pb2.WorkerLoad()
         self.memory = PrefixMemory()
@@ -61,6 +63,27 @@ class Worker:
         self._next_feed = 0.0
         self._feed_tasks: set[asyncio.Task[None]] = set()
 
+    def _connect(self) -> None:
+        """A channel with the certificate of this moment. Nothing is sent yet."""
+        self._certificate = self._tls.version if self._tls is not None else 0
+        self.channel = open_service_channel(self.address, self.role, self._tls)
+        self.stub: Any = (
+            prefill_pb2_grpc.PrefillServiceStub(self.channel)
+            if self.role == "prefill"
+            else decode_pb2_grpc.DecodeServiceStub(self.channel)
+        )
+
+    def _reconnect(self) -> None:
+        """A channel begins each connection with the certificate that it was made with: with a renewed one another
+        channel is needed. The old one ends with the calls on it.
+        """
+        if self._tls is None or self._tls.version == self._certificate:
+            return
+        task = asyncio.create_task(_close_after_calls(self.channel), name=f"old channel to {self.address}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        self._connect()
+
     @property
     def ready(self) -> bool:
         """True when it may get new work."""
@@ -79,6 +102,7 @@ class Worker:
     async def watch(self) -> None:
         """Follows the worker until cancelled."""
         while True:
+            self._reconnect()
             try:
                 await self._follow()
             except Exception as exc:  # whatever it was: a watch that ends would never see the worker again
@@ -167,11 +191,20 @@ class Worker:
 
     async def close(self) -> None:
         """Ends the channel and every call on it."""
-        for task in list(self._feed_tasks):
+        tasks = [*self._feed_tasks, *self._closing]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._feed_tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(Exception):
             await self.channel.close()
+
+
+async def _close_after_calls(channel: grpc.aio.Channel) -> None:
+    try:
+        await channel.close(OLD_CHANNEL_SECONDS)
+    except asyncio.CancelledError:
+        await channel.close()
+        raise
 
 
 def _reason(exc: Exception) -> str:

@@ -14,7 +14,9 @@ from prefill_service.scheduler import Scheduler
 from prefill_service.servicer import PrefillServicer
 from prefill_service.worker import PrefillWorker
 from tandem.service.metrics import Metrics
+from tandem.service.peers import callers
 from tandem.service.server import ServerShell
+from tandem.service.tls import ROLE_NAMES, Tls
 from tandem.v1 import prefill_pb2_grpc
 from worker import assembly
 from worker.identity import WorkerIdentity
@@ -41,8 +43,11 @@ class Assembly(assembly.Assembly):
     scheduler: Scheduler
 
 
-def assemble(parts: Parts, listen: str, metrics: Metrics | None = None) -> Assembly:
-    """Build a worker and its server. Inside a running event loop. Raises ConfigError."""
+def assemble(parts: Parts, listen: str, metrics: Metrics | None = None, tls: Tls | None = None) -> Assembly:
+    """Build a worker and its server. Inside a running event loop. Raises ConfigError.
+
+    With `tls` only gateways may call it.
+    """
     identity = parts.identity
     pool = BlockPool(
         identity.total_blocks,
@@ -51,10 +56,11 @@ def assemble(parts: Parts, listen: str, metrics: Metrics | None = None) -> Assem
         generations=parts.memory.generations,
     )
     scheduler = Scheduler(parts.scheduler, pool)
-    shell = ServerShell("prefill", listen)
+    admit = callers({SERVICE: ROLE_NAMES["gateway"]}) if tls is not None else None
+    shell = ServerShell("prefill", listen, tls=tls, admit=admit)
     transports = {name: source_transport(name, parts.memory, identity.incarnation) for name in identity.transports}
     worker = PrefillWorker(
-        identity, scheduler, parts.runner, transports, StepMetrics(metrics) if metrics is not None else None
+        identity, scheduler, parts.runner, transports, StepMetrics(metrics) if metrics is not None else None, tls
     )
     prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(worker), shell.server)
     shell.add_service(SERVICE)

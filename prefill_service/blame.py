@@ -13,8 +13,10 @@ from tandem.errors import (
     DrainingError,
     InternalError,
     InvalidRequestError,
+    PermissionDeniedError,
     RequestCancelledError,
     TandemError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from tandem.service.status import from_rpc_error
@@ -22,6 +24,8 @@ from tandem.service.status import from_rpc_error
 TARGET_LOST = "TARGET_LOST"
 """The decode worker can't be reached, or went away."""
 TARGET_DRAINING = "TARGET_DRAINING"
+TARGET_REFUSED = "TARGET_REFUSED"
+"""The decode worker knows this worker's certificate, or its incarnation, otherwise: a matter of configuration."""
 TARGET_PROTOCOL = "TARGET_PROTOCOL"
 """One side broke the rules of the transfer: a bug, not the request's fault."""
 
@@ -45,6 +49,8 @@ def _rename(error: TandemError, address: str) -> TandemError:
         known = error.reason != UnavailableError.default_reason
         reason = f"TARGET_{error.reason.removeprefix('TARGET_')}" if known else TARGET_LOST
         return UnavailableError(where, retry_after=0.0, reason=reason)
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return UnavailableError(where, retry_after=0.0, reason=TARGET_REFUSED)
     if isinstance(error, RequestCancelledError):
         # Nobody here cancelled: the decode worker's server went down.
         return UnavailableError(where, retry_after=0.0, reason=TARGET_LOST)

@@ -1,5 +1,7 @@
 """Connections to decode workers, for KV alone: one per address, kept while used and a while after. Of the event loop.
 
+With TLS a renewed certificate is for new connections: the next transfer opens one, the old one goes with its last user.
+
 Life cycle: Channels() -> `borrow(address)` around each transfer -> `close()`.
 """
 
@@ -12,19 +14,22 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from tandem.service.channel import open_channel
+from tandem.service.channel import open_service_channel
+from tandem.service.tls import Tls
 
 MOST_IDLE = 64
+_Key = tuple[str, int]
+"""Address, and the version of the certificate."""
 
 
 class Channels:
     """Channels by HOST:PORT. At most `most_idle` stay open without a user; the one used longest ago goes first."""
 
-    def __init__(self, most_idle: int = MOST_IDLE) -> None:
+    def __init__(self, most_idle: int = MOST_IDLE, tls: Tls | None = None) -> None:
         """Opens nothing."""
-        self._most_idle = most_idle
-        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
-        self._users: Counter[str] = Counter()
+        self._most_idle, self._tls = most_idle, tls
+        self._channels: OrderedDict[_Key, grpc.aio.Channel] = OrderedDict()
+        self._users: Counter[_Key] = Counter()
 
     def __len__(self) -> int:
         """Open channels."""
@@ -33,23 +38,27 @@ class Channels:
     @asynccontextmanager
     async def borrow(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
         """The channel of `address`, which must be HOST:PORT."""
-        channel = self._channels.get(address)
+        key = address, self._tls.version if self._tls is not None else 0
+        channel = self._channels.get(key)
         if channel is None:
-            channel = self._channels[address] = open_channel(address, for_bulk=True)
-        self._channels.move_to_end(address)
-        self._users[address] += 1
+            channel = self._channels[key] = open_service_channel(address, "decode", self._tls, for_bulk=True)
+        self._channels.move_to_end(key)
+        self._users[key] += 1
         try:
             yield channel
         finally:
-            self._users[address] -= 1
-            if not self._users[address]:
-                del self._users[address]
+            self._users[key] -= 1
+            if not self._users[key]:
+                del self._users[key]
             await self._close_idle()
 
     async def _close_idle(self) -> None:
-        idle = [address for address in self._channels if address not in self._users]
+        newest = max((certificate for _, certificate in self._channels), default=0)
+        idle = [key for key in self._channels if key not in self._users]
+        current = [key for key in idle if key[1] == newest]
+        gone = [key for key in idle if key[1] != newest] + current[: max(0, len(current) - self._most_idle)]
         # Taken out before the first wait: nobody may borrow one that is about to close.
-        for channel in [self._channels.pop(address) for address in idle[: max(0, len(idle) - self._most_idle)]]:
+        for channel in [self._channels.pop(key) for key in gone]:
             await channel.close()
 
     async def close(self) -> None:

@@ -37,5 +37,5 @@ async def serve(flags: Flags) -> int:
         "prefill",
         flags,
         lambda: load(flags),
-        lambda loaded, address, metrics: assemble(parts_of(*loaded, flags, address), flags.listen, metrics),
+        lambda loaded, address, metrics, tls: assemble(parts_of(*loaded, flags, address), flags.listen, metrics, tls),
     )

@@ -24,6 +24,7 @@ from tandem.errors import ConfigError, InvalidRequestError
 from tandem.kv_layout import KvLayout
 from tandem.record import Record
 from tandem.service import address as addresses
+from tandem.service.tls import Tls
 from worker.identity import WorkerIdentity
 from worker.worker import Worker
 
@@ -57,8 +58,9 @@ class PrefillWorker(Worker[Job]):
         runner: StepRunner,
         transports: Mapping[str, SourceTransport],
         metrics: StepMetrics | None = None,
+        tls: Tls | None = None,
     ) -> None:
-        """`transports` by name, best first; they become the worker's."""
+        """`transports` by name, best first; they become the worker's. `tls`: how to call decode workers."""
         super().__init__(identity)
         self.metrics = metrics
         self.engine = EngineLoop(
@@ -66,7 +68,7 @@ class PrefillWorker(Worker[Job]):
         )
         self._transports = dict(transports)
         self._sender = Sender(identity.incarnation, identity.model_id, identity.numerics_id, identity.layout)
-        self._channels = Channels()
+        self._channels = Channels(tls=tls)
         self._executor = ThreadPoolExecutor(SEND_THREADS, thread_name_prefix="kv-send")
 
     async def stop(self) -> None:

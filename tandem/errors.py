@@ -5,6 +5,8 @@ to gRPC status codes and google.rpc details, once, and back again on the client'
 
     TandemError
     ├── InvalidRequestError        the caller's input is wrong            INVALID_ARGUMENT
+    ├── UnauthenticatedError       nobody knows who calls                 UNAUTHENTICATED
+    ├── PermissionDeniedError      the caller is known, but may not       PERMISSION_DENIED
     ├── NotFoundError              no such model, lease or request        NOT_FOUND
     ├── OverloadedError            a limit or a pool is full; retry       RESOURCE_EXHAUSTED
     ├── UnavailableError           no worker, or it is draining; retry    UNAVAILABLE
@@ -53,6 +55,18 @@ class InvalidRequestError(TandemError):
         """`message` says what was wrong and what is allowed."""
         super().__init__(message, reason=reason, metadata={"field": field} if field else None)
         self.field = field
+
+
+class UnauthenticatedError(TandemError):
+    """Nobody knows who calls: no key or certificate, or an unknown one."""
+
+    default_reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(TandemError):
+    """The caller is known, but this is not for them."""
+
+    default_reason = "PERMISSION_DENIED"
 
 
 class NotFoundError(TandemError):

@@ -20,6 +20,12 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+_HERE = str(Path(__file__).parent)
+if _HERE not in sys.path:
+    sys.path.insert(0, _HERE)
+
+from certificates import ROLES, Authority, Issued  # noqa: E402
+
 READY_SECONDS = 120
 
 
@@ -179,6 +185,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exact-full", action="store_true", help="run every way of tests/exact, not the pairwise selection"
     )
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """Issues certificates for the test."""
+    return Authority(tmp_path)
+
+
+@pytest.fixture
+def all_roles(authority: Authority) -> Issued:
+    """One certificate with the names of all services, as `tandem up` needs it."""
+    return authority.issue("tandem", *ROLES)
 
 
 @pytest.fixture(scope="session")

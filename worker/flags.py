@@ -10,6 +10,7 @@ from kv_transfer.registry import available
 from tandem.errors import ConfigError
 from tandem.service import address as addresses
 from tandem.service.logging import LEVELS
+from tandem.service.tls import TlsFiles, add_tls_flags, tls_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Flags:
     transports: tuple[str, ...]
     drain_grace: float
     log_level: str
+    tls: TlsFiles | None
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +52,7 @@ class Parser(argparse.ArgumentParser):
             help="hold weights of compute int8 in memory of this process only",
         )
         add("--threads", type=int, metavar="N", help="compute threads")
+        add_tls_flags(self)
         add("--drain-grace", type=float, default=30.0, metavar="SECONDS", help="time to finish requests after SIGTERM")
         add("--log-level", default="info", help=", ".join(LEVELS))
 
@@ -73,6 +76,7 @@ def common(values: argparse.Namespace) -> dict[str, Any]:
         "transports": _transports(values.transport),
         "drain_grace": values.drain_grace,
         "log_level": values.log_level,
+        "tls": tls_files(values.tls_cert, values.tls_key, values.tls_ca),
     }
 
 

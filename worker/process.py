@@ -16,6 +16,7 @@ from tandem.errors import ConfigError
 from tandem.service.logging import configure
 from tandem.service.metrics import Metrics, start_metrics_server
 from tandem.service.server import run
+from tandem.service.tls import ROLE_NAMES, Tls
 from worker.assembly import Assembly
 from worker.flags import Flags
 
@@ -41,16 +42,23 @@ def main(
     return run(lambda: serve_flags(flags))
 
 
-async def serve(role: str, flags: Flags, load: Callable[[], T], build: Callable[[T, str, Metrics], Assembly]) -> int:
+async def serve(
+    role: str,
+    flags: Flags,
+    load: Callable[[], T],
+    build: Callable[[T, str, Metrics, Tls | None], Assembly],
+) -> int:
     """The whole life of the process. Returns its exit code; raises ConfigError at start.
 
-    `load` blocks; `build` gets what it gave, the bound address of /metrics and the metrics.
+    `load` blocks; `build` gets what it gave, the bound address of /metrics, the metrics and the certificates.
     """
     configure(role, flags.log_level)
+    # Before the model: a wrong certificate is told at once.
+    tls = Tls(flags.tls, ROLE_NAMES[role]) if flags.tls is not None else None
     engine = await asyncio.to_thread(load)
     metrics = Metrics(role)
     metrics_address = start_metrics_server(flags.metrics, metrics.registry)
-    assembly = build(engine, metrics_address, metrics)
+    assembly = build(engine, metrics_address, metrics, tls)
     try:
         address = await assembly.start()
         announce(role, address, metrics_address, assembly.worker.identity.incarnation)

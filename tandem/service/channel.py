@@ -8,6 +8,7 @@ import grpc
 
 from tandem.errors import ConfigError
 from tandem.service import address as addresses
+from tandem.service.tls import ChannelTls, Tls
 
 MAX_MESSAGE_BYTES = 64 << 20
 BULK_WINDOW_BYTES = 8 << 20
@@ -43,14 +44,31 @@ def channel_options(target: str, *, for_bulk: bool = False) -> list[tuple[str, A
     return options
 
 
-def open_channel(address: str, *, for_bulk: bool = False) -> grpc.aio.Channel:
-    """An asyncio channel to HOST:PORT (or a gRPC target such as dns:///NAME:PORT). Connects lazily."""
-    return grpc.aio.insecure_channel(address, options=channel_options(address, for_bulk=for_bulk))
+def open_channel(address: str, *, for_bulk: bool = False, tls: ChannelTls | None = None) -> grpc.aio.Channel:
+    """An asyncio channel to HOST:PORT (or a gRPC target such as dns:///NAME:PORT). Connects lazily. In clear without
+    `tls`.
+    """
+    options = channel_options(address, for_bulk=for_bulk)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls.credentials, options=[*options, *_name_options(tls)])
 
 
-def open_blocking_channel(address: str) -> grpc.Channel:
-    """The same for blocking code: the CLI and `Client`."""
-    return grpc.insecure_channel(address, options=channel_options(address))
+def open_service_channel(address: str, role: str, tls: Tls | None, *, for_bulk: bool = False) -> grpc.aio.Channel:
+    """A channel to a service of `role`, with this process's certificate where it has one."""
+    return open_channel(address, for_bulk=for_bulk, tls=tls.channel(role) if tls is not None else None)
+
+
+def open_blocking_channel(address: str, *, tls: ChannelTls | None = None) -> grpc.Channel:
+    """`open_channel` for blocking code: the CLI and `Client`."""
+    options = channel_options(address)
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, tls.credentials, options=[*options, *_name_options(tls)])
+
+
+def _name_options(tls: ChannelTls) -> list[tuple[str, Any]]:
+    return [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
 
 
 def _is_loopback(target: str) -> bool:

@@ -18,6 +18,7 @@ from tandem.errors import InternalError, TandemError
 from tandem.service import status
 from tandem.service.logging import get_logger
 from tandem.service.malformed import Malformed, checked
+from tandem.service.peers import Admit
 
 _log = get_logger(__name__)
 
@@ -28,15 +29,19 @@ Handler = Callable[[Any, Context], Awaitable[Any]]
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of a server. Methods must be coroutines or async generators that read the request iterator."""
 
+    def __init__(self, admit: Admit | None = None) -> None:
+        """`admit` is asked before each RPC; what it raises is the RPC's status."""
+        self._admit = admit
+
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """The method's handler with its behaviour and deserializer wrapped; None stays None (UNIMPLEMENTED)."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        return _wrap(handler, handler_call_details.method)
+        return _wrap(handler, handler_call_details.method, self._admit)
 
 
-def _wrap(handler: Any, method: str) -> Any:
+def _wrap(handler: Any, method: str, admit: Admit | None) -> Any:
     kind = (
         ("stream" if handler.request_streaming else "unary")
         + "_"
@@ -48,7 +53,7 @@ def _wrap(handler: Any, method: str) -> Any:
     # Raw-bytes methods have no deserializer.
     deserializer = checked(handler.request_deserializer) if handler.request_deserializer else None
     return make(
-        _guarded(run, method), request_deserializer=deserializer, response_serializer=handler.response_serializer
+        _guarded(run, method, admit), request_deserializer=deserializer, response_serializer=handler.response_serializer
     )
 
 
@@ -67,9 +72,11 @@ def _streamed(behavior: Callable[[Any, Context], Any]) -> Handler:
     return run
 
 
-def _guarded(run: Handler, method: str) -> Handler:
+def _guarded(run: Handler, method: str, admit: Admit | None) -> Handler:
     async def guarded(request: Any, context: Context) -> Any:
         try:
+            if admit is not None:
+                admit(method, context)
             return await run(_checked_request(request), context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise

@@ -24,6 +24,8 @@ from tandem.service.channel import BULK_WINDOW_BYTES, MAX_MESSAGE_BYTES
 from tandem.service.health import Health
 from tandem.service.interceptor import ErrorInterceptor
 from tandem.service.logging import get_logger
+from tandem.service.peers import Admit
+from tandem.service.tls import Tls
 
 _log = get_logger(__name__)
 
@@ -54,12 +56,26 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str
 class ServerShell:
     """One gRPC server with error mapping, health, reflection and an orderly end. Belongs to the running event loop."""
 
-    def __init__(self, role: str, listen: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        """`listen` is HOST:PORT, port 0 for any. Raises ConfigError when it isn't. Call inside a running loop."""
+    def __init__(
+        self,
+        role: str,
+        listen: str,
+        *,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        tls: Tls | None = None,
+        client_certificates: bool = True,
+        admit: Admit | None = None,
+    ) -> None:
+        """`listen` is HOST:PORT, port 0 for any. Raises ConfigError when it isn't. Call inside a running loop.
+
+        `tls`: serve TLS, to clients with a certificate only unless `client_certificates` is False. `admit` is asked
+        before each RPC.
+        """
         self.role = role
         self._listen = addresses.parse(listen, flag="--listen")
+        self._tls, self._client_certificates = tls, client_certificates
         self.server: grpc.aio.Server = grpc.aio.server(
-            interceptors=[ErrorInterceptor()], options=server_options(max_message_bytes)
+            interceptors=[ErrorInterceptor(admit)], options=server_options(max_message_bytes)
         )
         self._health = Health()
         self._stop = asyncio.Event()
@@ -76,11 +92,17 @@ class ServerShell:
         self._health.services.add(health.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
         try:
-            port = self.server.add_insecure_port(str(self._listen))
+            port = self._add_port()
         except RuntimeError as exc:
             raise ConfigError(f"can't listen on {self._listen}: is the address right and the port free?") from exc
         await self.server.start()
         return str(self._listen.with_port(port))
+
+    def _add_port(self) -> int:
+        if self._tls is None:
+            return self.server.add_insecure_port(str(self._listen))
+        credentials = self._tls.server_credentials(client_certificates=self._client_certificates)
+        return self.server.add_secure_port(str(self._listen), credentials)
 
     def set_serving(self, serving: bool) -> None:
         """What grpc.health.v1 says for every service."""

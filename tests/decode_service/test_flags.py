@@ -40,6 +40,7 @@ def test_grpc_leaves_shared_memory_out() -> None:
         (["--model", "m", "--log-level", "loud"], "--log-level"),
         (["--model", "m", "--threads", "two"], "--threads"),
         (["--model", "m", "--colour", "red"], "--colour"),
+        (["--model", "m", "--tls-cert", "c", "--tls-key", "k"], "--tls-ca"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_code_2(

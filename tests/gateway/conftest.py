@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from gateway.config import GatewayConfig, Patience  # noqa: E402
 from gateway.text import TextService  # noqa: E402
 from gateway.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from gateway.wiring import Bindings, Gateway  # noqa: E402
+from tandem.service.tls import ChannelTls  # noqa: E402
 
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -74,16 +75,29 @@ async def serve(
     """Starts a gateway in front of the cluster's workers: `await serve(config)` gives a Front."""
     async with AsyncExitStack() as stack:
 
-        async def start(wait_ready: bool = True, **settings: Any) -> Front:
+        async def start(
+            wait_ready: bool = True,
+            bindings: Mapping[str, Any] | None = None,
+            tls: ChannelTls | None = None,
+            **settings: Any,
+        ) -> Front:
             settings = {"patience": patience, **settings}
-            return await stack.enter_async_context(_front(cluster, tokenizer, model_path, wait_ready, settings))
+            return await stack.enter_async_context(
+                _front(cluster, tokenizer, model_path, wait_ready, settings, bindings or {}, tls)
+            )
 
         yield start
 
 
 @asynccontextmanager
 async def _front(
-    cluster: Cluster, tokenizer: Tokenizer, model: Path, wait_ready: bool, settings: dict[str, Any]
+    cluster: Cluster,
+    tokenizer: Tokenizer,
+    model: Path,
+    wait_ready: bool,
+    settings: dict[str, Any],
+    more: Mapping[str, Any],
+    tls: ChannelTls | None,
 ) -> AsyncIterator[Front]:
     bindings = Bindings(
         str(model),
@@ -91,10 +105,11 @@ async def _front(
         "127.0.0.1:0",
         prefill=[worker.address for worker in cluster.prefill],
         decode=[worker.address for worker in cluster.decode],
+        **more,
     )
     gateway = Gateway(bindings, GatewayConfig(**settings), TextService(tokenizer))
     await gateway.start()
-    front = Front(gateway)
+    front = Front(gateway, tls)
     try:
         if wait_ready:
             await front.until_ready(len(cluster.prefill), len(cluster.decode))

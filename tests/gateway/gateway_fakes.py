@@ -12,7 +12,10 @@ import grpc
 
 from gateway.wiring import Gateway
 from tandem.errors import DrainingError, OverloadedError, StaleError
+from tandem.service.channel import open_channel
+from tandem.service.peers import callers, peer_of
 from tandem.service.server import ServerShell
+from tandem.service.tls import ChannelTls, Tls
 from tandem.v1 import (
     decode_pb2,
     decode_pb2_grpc,
@@ -24,6 +27,7 @@ from tandem.v1 import (
 )
 
 BEAT = 0.1
+SERVICES = ("tandem.v1.DecodeService", "tandem.v1.PrefillService")
 _numbers = itertools.count(1)
 
 
@@ -46,7 +50,7 @@ class FakeWorker:
 
     role = types_pb2.WORKER_ROLE_UNSPECIFIED
 
-    def __init__(self, **info: Any) -> None:
+    def __init__(self, *, listen: str = "127.0.0.1:0", tls: Tls | None = None, **info: Any) -> None:
         number = next(_numbers)
         layout = types_pb2.KvLayout(block_size=16, dtype="float32", layout_id="layout-a", num_layers=2)
         values = {
@@ -67,7 +71,10 @@ class FakeWorker:
         }
         self.info = types_pb2.WorkerInfo(**values)
         self.load = types_pb2.WorkerLoad(incarnation=self.info.incarnation, free_blocks=1000, total_blocks=1000)
-        self.shell = ServerShell("fake", "127.0.0.1:0")
+        self.callers: list[str] = []
+        """Fingerprints of the certificates that asked what this worker is."""
+        admit = callers(dict.fromkeys(SERVICES, "tandem-gateway"))
+        self.shell = ServerShell("fake", listen, tls=tls, admit=admit if tls else None)
         self.address = ""
         self.script: list[list[int]] | None = None
         self.records: list[types_pb2.Record] = []
@@ -152,6 +159,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, self.shell.server)
 
     async def GetDecodeInfo(self, request: Any, context: Any) -> Any:
+        self.callers.append(peer_of(context).fingerprint)
         return decode_pb2.GetDecodeInfoResponse(info=self.info)
 
     async def WatchDecodeLoad(self, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -396,9 +404,9 @@ class Cluster:
 class Front:
     """A gateway and a client of it."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, tls: ChannelTls | None = None) -> None:
         self.gateway = gateway
-        self.channel = grpc.aio.insecure_channel(gateway.address)
+        self.channel = open_channel(gateway.address, tls=tls)
         self.stub: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
 
     async def until_ready(self, prefill: int, decode: int) -> None:

@@ -81,6 +81,8 @@ async def test_ready_line_requests_and_sigterm(cluster: Cluster, model_path: Pat
         ([], "--decode-worker"),
         (["--decode-worker", "nowhere"], "HOST:PORT"),
         (["--workers-file", "/nonexistent/workers.json"], "--workers-file"),
+        (["--decode-worker", "127.0.0.1:1", "--tls-cert", "/nonexistent/c"], "--tls-key"),
+        (["--decode-worker", "127.0.0.1:1", "--tls-client-auth", "required"], "--tls-client-auth"),
     ],
 )
 async def test_start_errors(flags: list[str], words: str, model_path: Path) -> None:

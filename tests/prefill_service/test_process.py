@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from certificates import Authority
 from prefill_scheduling import VOCAB
 from prefill_serving import BLOCK_SIZE, FakeDecode, GatedRunner, collect, layout, record_of, until
 
@@ -27,6 +28,7 @@ from tandem.record import Record
 from tandem.service import pulse, wire
 from tandem.service.call_status import CallStatus
 from tandem.service.channel import open_channel
+from tandem.service.tls import Tls, TlsFiles
 from tandem.v1 import prefill_pb2, prefill_pb2_grpc
 from worker import process as worker_process
 from worker.messages import layout_to_pb
@@ -208,6 +210,23 @@ async def test_idle_channels_are_bounded() -> None:
     await channels.close()
     assert len(channels) == 0
     assert first.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+
+
+async def test_a_renewed_certificate_opens_another_channel(authority: Authority) -> None:
+    """A transfer that runs keeps its channel until its end; then it is closed, whatever the bound of idle ones."""
+    issued = authority.issue("p", "tandem-prefill")
+    tls = Tls(TlsFiles(issued.cert, issued.key, issued.ca), "tandem-prefill")
+    channels = Channels(tls=tls)
+    async with channels.borrow("127.0.0.1:1") as old:
+        authority.issue("p", "tandem-prefill")
+        async with channels.borrow("127.0.0.1:1") as new:
+            assert new is not old
+        assert len(channels) == 2
+        assert old.get_state() is not grpc.ChannelConnectivity.SHUTDOWN
+    assert old.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+    async with channels.borrow("127.0.0.1:1") as later:
+        assert later is new
+    await channels.close()
 
 
 class EndedCall:

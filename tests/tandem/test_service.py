@@ -22,6 +22,8 @@ from tandem.v1 import inference_pb2_grpc as pb_grpc
 SERVICE = "tandem.v1.InferenceService"
 ALL_ERRORS = [
     (errors.InvalidRequestError("bad", field="sampling.top_p"), grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.UnauthenticatedError("who"), grpc.StatusCode.UNAUTHENTICATED),
+    (errors.PermissionDeniedError("no"), grpc.StatusCode.PERMISSION_DENIED),
     (errors.NotFoundError("gone"), grpc.StatusCode.NOT_FOUND),
     (errors.OverloadedError("full", retry_after=2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.OverloadedError("never", retry_after=None, reason="TOO_LARGE"), grpc.StatusCode.RESOURCE_EXHAUSTED),

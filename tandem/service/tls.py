@@ -1,0 +1,216 @@
+"""TLS of a process: what it presents and whom it trusts, read again when the files change.
+
+Life cycle: `tls_files` from flags -> `Tls(files, name)` at start, which proves by a handshake with itself that the
+files work together -> credentials for servers, which take a renewed certificate for each new connection, and for
+channels, of which a new one takes it. Connections that stand go on with what they began with.
+
+Services know each other by DNS names in their certificates (`ROLE_NAMES`), whatever the address.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from tandem.errors import ConfigError
+from tandem.service.files import Reloaded, check_private, read_bounded
+
+ROLE_NAMES = {role: f"tandem-{role}" for role in ("gateway", "prefill", "decode")}
+"""The DNS name in the certificate of each service."""
+
+MAX_PEM_BYTES = 1 << 20
+MOST_TURNS = 16
+"""Of a handshake, which takes three."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files: a certificate with its chain, its private key, and the authorities that are trusted."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Pem:
+    """Contents of the files."""
+
+    cert: bytes
+    key: bytes = field(repr=False)
+    ca: bytes
+
+
+def add_tls_flags(parser: argparse.ArgumentParser) -> None:
+    """--tls-cert, --tls-key and --tls-ca of a service."""
+    add = parser.add_argument
+    add(
+        "--tls-cert", metavar="FILE", help="PEM: this service's certificate, with its chain; read again when it changes"
+    )
+    add("--tls-key", metavar="FILE", help="PEM: its private key")
+    add("--tls-ca", metavar="FILE", help="PEM: authorities whose certificates peers have")
+
+
+def tls_files(cert: str | Path | None, key: str | Path | None, ca: str | Path | None) -> TlsFiles | None:
+    """The files that --tls-cert, --tls-key and --tls-ca name; None without any. Raises ConfigError for some of them."""
+    given = {"--tls-cert": cert, "--tls-key": key, "--tls-ca": ca}
+    missing = [flag for flag, value in given.items() if not value]
+    if len(missing) == len(given):
+        return None
+    if not (cert and key and ca):
+        raise ConfigError(f"{missing[0]}: --tls-cert, --tls-key and --tls-ca are needed together")
+    return TlsFiles(Path(cert), Path(key), Path(ca))
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelTls:
+    """How one channel is secured."""
+
+    credentials: grpc.ChannelCredentials
+    server_name: str = ""
+    """The name that the server's certificate must have; empty: the host of its address."""
+
+
+class Tls:
+    """The certificates of one process. Thread-safe."""
+
+    def __init__(self, files: TlsFiles, name: str) -> None:
+        """`name` is the DNS name that peers look for, of ROLE_NAMES. Raises ConfigError for files that can't work."""
+        self.files, self.name = files, name
+        check_private(files.key, "--tls-key")
+        paths = (files.cert, files.key, files.ca)
+        self._pem = Reloaded(paths, lambda: read_pem(files, name), "the TLS certificate")
+
+    @property
+    def version(self) -> int:
+        """Grows when the files have been renewed."""
+        self._pem.get()
+        return self._pem.version
+
+    def server_credentials(self, *, client_certificates: bool = True) -> grpc.ServerCredentials:
+        """For a server: every new connection gets the certificate of that moment, running ones keep theirs.
+
+        `client_certificates`: only clients with a certificate of the authorities connect. Without, none is asked for.
+        """
+        told = self._pem.version
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal told
+            pem = self._pem.get()
+            if self._pem.version == told:
+                return None  # gRPC's word for: as before
+            told = self._pem.version
+            return _server_configuration(pem)
+
+        return grpc.dynamic_ssl_server_credentials(
+            _server_configuration(self._pem.get()),
+            fetch,  # type: ignore[arg-type]  # the stubs don't know of None
+            require_client_authentication=client_certificates,
+        )
+
+    def channel(self, role: str) -> ChannelTls:
+        """For a new channel to a service of `role`, with the certificate of this moment."""
+        pem = self._pem.get()
+        return ChannelTls(grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert), ROLE_NAMES[role])
+
+
+def client_tls(
+    ca: str | Path | None, cert: str | Path | None = None, key: str | Path | None = None, server_name: str = ""
+) -> ChannelTls | None:
+    """How a client of the public API speaks TLS: trusting `ca`, with a certificate if one is given; None: in clear.
+
+    Raises ConfigError for files that can't be read or are needed together.
+    """
+    if not ca:
+        if cert or key or server_name:
+            raise ConfigError("--tls-ca: it is needed for TLS")
+        return None
+    if bool(cert) != bool(key):
+        raise ConfigError("--tls-cert: --tls-cert and --tls-key are needed together")
+    chain = read_bounded(Path(cert), "--tls-cert", MAX_PEM_BYTES) if cert else None
+    private = read_bounded(Path(key), "--tls-key", MAX_PEM_BYTES) if key else None
+    trusted = read_bounded(Path(ca), "--tls-ca", MAX_PEM_BYTES)
+    return ChannelTls(grpc.ssl_channel_credentials(trusted, private, chain), server_name)
+
+
+def _server_configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.cert)], root_certificates=pem.ca)
+
+
+def read_pem(files: TlsFiles, name: str) -> Pem:
+    """Reads the files and proves that they work together. Raises ConfigError with the flag's name."""
+    pem = _read(files)
+    check_files(files, name)
+    if _read(files) != pem:
+        raise ConfigError(f"--tls-cert: {files.cert} or its key is being replaced just now")
+    return pem
+
+
+def _read(files: TlsFiles) -> Pem:
+    return Pem(
+        read_bounded(files.cert, "--tls-cert", MAX_PEM_BYTES),
+        read_bounded(files.key, "--tls-key", MAX_PEM_BYTES),
+        read_bounded(files.ca, "--tls-ca", MAX_PEM_BYTES),
+    )
+
+
+def check_files(files: TlsFiles, name: str) -> None:
+    """A handshake with itself in memory, as server `name` and as its client, tells what peers would find wrong.
+
+    Raises ConfigError: no PEM, a key of another certificate, an unknown authority, a wrong time, a missing name.
+    """
+    server, client = _context(files, ssl.PROTOCOL_TLS_SERVER), _context(files, ssl.PROTOCOL_TLS_CLIENT)
+    server.verify_mode = ssl.CERT_REQUIRED
+    try:
+        _handshake(server, client, name)
+    except ssl.SSLCertVerificationError as exc:
+        raise ConfigError(f"--tls-cert: {files.cert} would be refused by peers: {exc.verify_message}") from exc
+    except ssl.SSLError as exc:
+        raise ConfigError(f"--tls-cert: {files.cert} would be refused by peers: {exc.reason or exc}") from exc
+
+
+def _context(files: TlsFiles, protocol: int) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # gRPC isn't that strict
+    try:
+        context.load_verify_locations(files.ca)
+    except (OSError, ssl.SSLError) as exc:
+        raise ConfigError(f"--tls-ca: {files.ca} holds no certificates: {_reason(exc)}") from exc
+    try:
+        context.load_cert_chain(files.cert, files.key, password=_no_password)
+    except (OSError, ssl.SSLError, ValueError) as exc:
+        what = f"{files.key} is no unencrypted private key of the certificate in {files.cert}"
+        raise ConfigError(f"--tls-key: {what}: {_reason(exc)}") from exc
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("it is encrypted")
+
+
+def _reason(exc: Exception) -> str:
+    return str(getattr(exc, "reason", None) or getattr(exc, "strerror", None) or exc)
+
+
+def _handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> None:
+    """Both ends in turns over two buffers, until neither waits for the other. Raises ssl.SSLError."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends: list[Callable[[], Any]] = [
+        client.wrap_bio(to_client, to_server, server_hostname=name).do_handshake,
+        server.wrap_bio(to_server, to_client, server_side=True).do_handshake,
+    ]
+    for _ in range(MOST_TURNS):
+        for end in list(ends):
+            try:
+                end()
+            except ssl.SSLWantReadError:
+                continue
+            ends.remove(end)
+    if ends:
+        raise ssl.SSLError(0, "the handshake comes to no end")

@@ -1,0 +1,271 @@
+"""Certificates of services: what is refused at start, who gets in, and renewal while streams run."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from certificates import Authority, Issued
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tandem.errors import ConfigError, PermissionDeniedError, TandemError
+from tandem.service.channel import open_channel, open_service_channel
+from tandem.service.files import Reloaded, check_private
+from tandem.service.peers import NOBODY, callers, peer_of
+from tandem.service.server import ServerShell
+from tandem.service.status import from_rpc_error
+from tandem.service.tls import ROLE_NAMES, ChannelTls, Tls, TlsFiles, client_tls, tls_files
+from tandem.v1 import inference_pb2 as pb
+from tandem.v1 import inference_pb2_grpc as pb_grpc
+
+SERVICE = "tandem.v1.InferenceService"
+
+
+def made(issued: Issued, role: str) -> Tls:
+    return Tls(TlsFiles(issued.cert, issued.key, issued.ca), ROLE_NAMES[role])
+
+
+class Telling(pb_grpc.InferenceServiceServicer):
+    """Says who calls; streams for as long as it is asked to."""
+
+    def __init__(self) -> None:
+        self.more = asyncio.Event()
+
+    async def Generate(self, request: Any, context: Any) -> pb.GenerateResponse:
+        peer = peer_of(context)
+        return pb.GenerateResponse(request_id=peer.fingerprint, model=",".join([peer.common_name, *peer.uris]))
+
+    async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        yield pb.GenerateStreamResponse(request_id="first")
+        await self.more.wait()
+        yield pb.GenerateStreamResponse(request_id="last")
+
+
+@asynccontextmanager
+async def serving(tls: Tls | None, **options: Any) -> AsyncIterator[tuple[Telling, str]]:
+    """A decode worker's shell; its InferenceService is for gateways."""
+    servicer = Telling()
+    shell = ServerShell("decode", "127.0.0.1:0", tls=tls, admit=callers({SERVICE: "tandem-gateway"}), **options)
+    pb_grpc.add_InferenceServiceServicer_to_server(servicer, shell.server)
+    shell.add_service(SERVICE)
+    address = await shell.start()
+    shell.set_serving(True)
+    try:
+        yield servicer, address
+    finally:
+        await shell.server.stop(0)
+
+
+async def ask(channel: grpc.aio.Channel) -> Any:
+    """Generate over a channel that is closed then. Raises TandemErrors."""
+    async with channel:
+        try:
+            return await pb_grpc.InferenceServiceStub(channel).Generate(pb.GenerateRequest(), timeout=10)
+        except grpc.aio.AioRpcError as exc:
+            raise from_rpc_error(exc) from exc
+
+
+def fingerprint(cert: Path) -> str:
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(cert.read_text())).hexdigest()
+
+
+async def test_the_right_role_gets_in_and_is_known(authority: Authority) -> None:
+    server = made(authority.issue("d", "tandem-decode"), "decode")
+    issued = authority.issue("g", "tandem-gateway", uris=("spiffe://here/g",))
+    async with serving(server) as (_, address):
+        answer = await ask(open_service_channel(address, "decode", made(issued, "gateway")))
+    assert (answer.request_id, answer.model) == (fingerprint(issued.cert), "g,spiffe://here/g")
+
+
+async def test_another_role_is_denied_but_may_ask_for_health(authority: Authority) -> None:
+    """Names count as DNS names alone: the same text elsewhere in the certificate opens nothing."""
+    server = made(authority.issue("d", "tandem-decode"), "decode")
+    issued = authority.issue("tandem-gateway", "tandem-prefill", "other", uris=("tandem-gateway",))
+    caller = made(issued, "prefill")
+    async with serving(server) as (_, address):
+        with pytest.raises(PermissionDeniedError, match=r"DNS name tandem-gateway.*this one has other, tandem-prefill"):
+            await ask(open_service_channel(address, "decode", caller))
+        async with open_service_channel(address, "decode", caller) as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            stream = pb_grpc.InferenceServiceStub(channel).GenerateStream(pb.GenerateStreamRequest())
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stream.read()
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_who_has_no_certificate_is_nobody(authority: Authority) -> None:
+    """Where the server asks for none, a service for one role stays closed."""
+    issued = authority.issue("d", "tandem-decode")
+    async with serving(made(issued, "decode"), client_certificates=False) as (_, address):
+        with pytest.raises(TandemError, match="needs a client certificate") as caught:
+            await ask(open_channel(address, tls=client_tls(issued.ca)))
+    assert caught.value.reason == "UNAUTHENTICATED"
+    assert not NOBODY.known
+
+
+def foreign(authority: Authority, folder: Path) -> ChannelTls | None:
+    """A client whose certificate another authority signed, but who trusts ours."""
+    (folder / "other").mkdir()
+    issued = Authority(folder / "other").issue("g", "tandem-gateway")
+    return client_tls(authority.ca, issued.cert, issued.key, "tandem-decode")
+
+
+def expired(authority: Authority, folder: Path) -> ChannelTls | None:
+    issued = authority.issue("g", "tandem-gateway", days=-1)
+    return client_tls(authority.ca, issued.cert, issued.key, "tandem-decode")
+
+
+def distrusting(authority: Authority, folder: Path) -> ChannelTls | None:
+    """A client that doesn't know the server's authority."""
+    issued = authority.issue("g", "tandem-gateway")
+    (folder / "other").mkdir()
+    return client_tls(Authority(folder / "other").ca, issued.cert, issued.key, "tandem-decode")
+
+
+def misled(authority: Authority, folder: Path) -> ChannelTls | None:
+    """A client that means another service."""
+    issued = authority.issue("g", "tandem-gateway")
+    return client_tls(authority.ca, issued.cert, issued.key, "tandem-prefill")
+
+
+def bare(authority: Authority, folder: Path) -> ChannelTls | None:
+    return client_tls(authority.ca, server_name="tandem-decode")
+
+
+def clear(authority: Authority, folder: Path) -> ChannelTls | None:
+    return None
+
+
+@pytest.mark.parametrize("client", [foreign, expired, distrusting, misled, bare, clear])
+async def test_who_does_not_connect(client: Any, authority: Authority, tmp_path: Path) -> None:
+    server = made(authority.issue("d", "tandem-decode"), "decode")
+    good = made(authority.issue("good", "tandem-gateway"), "gateway")
+    async with serving(server) as (_, address):
+        with pytest.raises(TandemError) as caught:
+            await ask(open_channel(address, tls=client(authority, tmp_path)))
+        assert caught.value.reason == "UNAVAILABLE"
+        assert (await ask(open_service_channel(address, "decode", good))).request_id
+
+
+async def test_renewal_while_a_stream_runs(authority: Authority) -> None:
+    """The running stream goes on; a new connection gets the new certificates, of the server and of the client."""
+    server_files, client_files = authority.issue("d", "tandem-decode"), authority.issue("g", "tandem-gateway")
+    server, client = made(server_files, "decode"), made(client_files, "gateway")
+    async with serving(server) as (servicer, address), open_service_channel(address, "decode", client) as old:
+        stream = pb_grpc.InferenceServiceStub(old).GenerateStream(pb.GenerateStreamRequest())
+        assert (await stream.read()).request_id == "first"
+        before = await asyncio.to_thread(served_fingerprint, address, client_files)
+        assert before == fingerprint(server_files.cert)
+        authority.issue("d", "tandem-decode")
+        authority.issue("g", "tandem-gateway")
+        after = await asyncio.to_thread(served_fingerprint, address, client_files)
+        assert after == fingerprint(server_files.cert) != before
+        answer = await ask(open_service_channel(address, "decode", client))
+        assert answer.request_id == fingerprint(client_files.cert)
+        servicer.more.set()
+        assert (await stream.read()).request_id == "last"
+        assert await stream.read() is grpc.aio.EOF
+    assert (server.version, client.version) == (2, 2)
+
+
+def served_fingerprint(address: str, files: Issued) -> str:
+    """Of the certificate that a server gives to a new connection."""
+    host, port = address.split(":")
+    context = ssl.create_default_context(cafile=str(files.ca))
+    context.load_cert_chain(files.cert, files.key)
+    context.set_alpn_protocols(["h2"])
+    plain = socket.create_connection((host, int(port)), timeout=10)
+    with plain, context.wrap_socket(plain, server_hostname="tandem-decode") as secured:
+        return hashlib.sha256(secured.getpeercert(True) or b"").hexdigest()
+
+
+async def test_a_bad_renewal_changes_nothing(authority: Authority) -> None:
+    """An expired certificate, or the key of another one: the last good pair stays until there is a better one."""
+    files = authority.issue("d", "tandem-decode")
+    tls = made(files, "decode")
+    client = made(authority.issue("g", "tandem-gateway"), "gateway")
+    good = files.cert.read_bytes(), files.key.read_bytes()
+    async with serving(tls) as (_, address):
+        authority.issue("d", "tandem-decode", days=-1)
+        assert (await ask(open_service_channel(address, "decode", client))).request_id
+        files.key.write_bytes(good[1])
+        assert (await ask(open_service_channel(address, "decode", client))).request_id
+        assert tls.version == 1
+        authority.issue("d", "tandem-decode")
+        assert (await ask(open_service_channel(address, "decode", client))).request_id
+        assert tls.version == 2
+
+
+def test_what_is_refused_at_start(authority: Authority, tmp_path: Path) -> None:
+    good, other = authority.issue("d", "tandem-decode"), authority.issue("other", "tandem-decode")
+    (tmp_path / "b").mkdir()
+    stranger = Authority(tmp_path / "b", "stranger")
+    empty = tmp_path / "empty.pem"
+    empty.touch()
+    cases = [
+        (TlsFiles(good.cert, other.key, good.ca), "--tls-key: .*other.key is no unencrypted private key"),
+        (
+            TlsFiles(good.cert, good.key, stranger.ca),
+            "--tls-cert: .*d.crt would be refused by peers: unable to get local issuer",
+        ),
+        (TlsFiles(good.cert, good.key, empty), "--tls-ca: .*empty.pem holds no certificates"),
+        (TlsFiles(empty, good.key, good.ca), "--tls-key: .*no unencrypted private key"),
+        (TlsFiles(tmp_path / "none", good.key, good.ca), "--tls-cert: .*none can't be read: No such file"),
+    ]
+    for files, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            Tls(files, "tandem-decode")
+    with pytest.raises(ConfigError, match=r"refused by peers: .*tandem-prefill"):
+        made(good, "prefill")
+    with pytest.raises(ConfigError, match="refused by peers: certificate has expired"):
+        made(authority.issue("d", "tandem-decode", days=-1), "decode")
+
+
+def test_flags_come_together() -> None:
+    assert tls_files(None, "", None) is None
+    assert tls_files("a", "b", "c") == TlsFiles(Path("a"), Path("b"), Path("c"))
+    with pytest.raises(ConfigError, match="--tls-key: --tls-cert, --tls-key and --tls-ca are needed together"):
+        tls_files("a", None, "c")
+    assert client_tls(None) is None
+    for given in ({"ca": None, "cert": "x"}, {"ca": "x", "cert": "x"}, {"ca": "x", "key": "x"}):
+        with pytest.raises(ConfigError, match="--tls-"):
+            client_tls(**given)
+
+
+def test_secret_files_are_not_for_others_to_write(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.touch(0o600)
+    check_private(path, "--flag")
+    for mode in (0o620, 0o602):
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match="--flag: others can write"):
+            check_private(path, "--flag")
+
+
+def test_reloaded_reads_only_what_changed_and_keeps_the_last_good_value(tmp_path: Path) -> None:
+    path, reads = tmp_path / "value", []
+
+    def read() -> str:
+        reads.append(path.read_text())
+        if reads[-1] == "bad":
+            raise ConfigError("bad")
+        return reads[-1]
+
+    path.write_text("one")
+    value = Reloaded([path], read, "a value")
+    assert (value.get(), value.get(), len(reads)) == ("one", "one", 1)
+    for text, expected in (("bad", "one"), ("three", "three")):
+        path.write_text(text)
+        os.utime(path, ns=(1, len(reads)))  # also where the file system's clock is coarse
+        assert (value.get(), value.get()) == (expected, expected)
+    assert (reads, value.version) == (["one", "bad", "three"], 2)
