@@ -1,6 +1,6 @@
 # Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
 .DEFAULT_GOAL := help
-.PHONY: help setup run test exact check bench bench-growth bench-peers clean
+.PHONY: help setup run test exact check bench bench-growth bench-peers gpu-table clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ bench: setup ## one JSON line per point: the engine alone, then through the gate
 
 bench-growth: setup ## one decode step over the batch and over the context, beside its floor
 	@exec .venv/bin/python -m bench.growth $(ARGS)
+
+gpu-table: setup ## what the GPU kernels use (registers, shared memory, spills), compiled without a GPU; minutes
+	@exec .venv/bin/python -m bench.gpu_table --markdown docs/gpu-table.md $(ARGS)
 
 bench-peers: setup ## beside OpenVINO, vLLM and llama.cpp on this machine, as ratios (PEERS=, ROUNDS=, POINTS=)
 	@exec .venv/bin/python -m bench.peers $(ARGS)

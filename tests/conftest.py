@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when first imported, by whichever test
+
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
