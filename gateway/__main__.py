@@ -73,6 +73,12 @@ def parser() -> argparse.ArgumentParser:
         default="none",
         help="required: only clients with a certificate of --tls-ca connect",
     )
+    add(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="JSON or TOML: tenants and SHA-256 hashes of their keys; every call then needs a key",
+    )
     add("--drain-grace", type=_grace, default=30.0, help="seconds that running requests get after SIGTERM")
     add("--log-level", default="info", choices=logging.LEVELS)
     return flags
@@ -98,6 +104,7 @@ def _bindings(flags: argparse.Namespace) -> Bindings:
         flags.decode_worker,
         tls,
         client_certificates=flags.tls_client_auth == "required",
+        api_keys=flags.api_keys,
     )
 
 

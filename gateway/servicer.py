@@ -12,12 +12,13 @@ from typing import Any
 import grpc
 
 from gateway import convert, validation
+from gateway.access import Access
 from gateway.catalog import Catalog
 from gateway.live import LiveRequests
 from gateway.plain import Admitted, Asked, Event, Job
 from gateway.request import RequestRun, Services
 from gateway.stream import EventBuffer, SlowReaderError
-from gateway.tenants import ANONYMOUS, cache_scope
+from gateway.tenants import cache_scope
 from gateway.text import TextService
 from tandem.errors import DeadlineError, InvalidRequestError, NotFoundError, TandemError
 from tandem.service.logging import bind_request
@@ -32,9 +33,10 @@ FLUSH_SECONDS = 1.0
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """One per gateway."""
 
-    def __init__(self, services: Services, text: TextService, catalog: Catalog) -> None:
-        """Nothing runs yet."""
+    def __init__(self, services: Services, text: TextService, catalog: Catalog, access: Access | None = None) -> None:
+        """Nothing runs yet. Without `access` all callers are one tenant."""
         self._services, self._text, self._catalog = services, text, catalog
+        self._access = access or Access()
         self._live = LiveRequests()
 
     @property
@@ -68,7 +70,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _serve(self, asked: Asked, context: Context, send: Callable[[Event, Job], Awaitable[None]]) -> None:
         """The way of every request."""
-        tenant = ANONYMOUS
+        tenant = self._access.tenant_of(context)
         started = asyncio.get_running_loop().time()
         validation.check_sizes(asked, self._services.config.limits)
         self._catalog.check(asked.model)

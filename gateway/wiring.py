@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.access import Access
 from gateway.catalog import Catalog
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
@@ -20,11 +21,14 @@ from gateway.pool import WorkerPool
 from gateway.request import Services
 from gateway.servicer import InferenceServicer
 from gateway.text import TextService
+from tandem.service import address as addresses
+from tandem.service.logging import get_logger
 from tandem.service.metrics import Metrics
 from tandem.service.server import ServerShell
 from tandem.service.tls import ROLE_NAMES, Tls, TlsFiles
 from tandem.v1 import inference_pb2_grpc
 
+_log = get_logger(__name__)
 SERVICE = "tandem.v1.InferenceService"
 
 
@@ -41,6 +45,7 @@ class Bindings:
     tls: TlsFiles | None = None
     client_certificates: bool = False
     """With TLS: only clients with a certificate of the authorities connect."""
+    api_keys: Path | None = None
 
 
 class Gateway:
@@ -56,8 +61,15 @@ class Gateway:
         pairing = Pairing(self.pool, config)
         dispatcher = Dispatcher(self.pool, pairing, config)
         services = Services(config, dispatcher, pairing, self.text.tokenizer, self.metrics)
-        self.servicer = InferenceServicer(services, self.text, Catalog(self.pool, self.text.tokenizer))
-        self.shell = ServerShell("gateway", bindings.listen, tls=tls, client_certificates=bindings.client_certificates)
+        self.access = Access(bindings.api_keys, certificates=bindings.client_certificates)
+        self.servicer = InferenceServicer(services, self.text, Catalog(self.pool, self.text.tokenizer), self.access)
+        self.shell = ServerShell(
+            "gateway",
+            bindings.listen,
+            tls=tls,
+            client_certificates=bindings.client_certificates,
+            admit=self.access.admit,
+        )
         self.http = HttpServer(bindings.http, self.metrics.registry, lambda: self.serving)
         self.address = self.http_address = ""
 
@@ -67,11 +79,21 @@ class Gateway:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self.servicer, self.shell.server)
         self.address = await self.shell.start()
         self.http_address = await self.http.start()
+        self._warn()
         self.pool.on_change(self._on_change)
         if self._bindings.workers_file is not None:
             self.pool.follow(self._bindings.workers_file)
         else:
             self.pool.set_addresses(self._bindings.prefill, self._bindings.decode)
+
+    def _warn(self) -> None:
+        """What an operator should know of a port that other machines reach."""
+        if addresses.parse(self.address).is_loopback:
+            return
+        if self.access.open:
+            _log.warning("everybody who reaches this address may use it: no --api-keys", address=self.address)
+        if self._bindings.tls is None:
+            _log.warning("prompts and keys travel in clear to this address: no --tls-cert", address=self.address)
 
     @property
     def serving(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tandem.cli.options import explained, gateway_option
+from tandem.cli.options import access_options, explained, gateway_option, take_access
 from tandem.client.blocking import Client
 from tandem.client.types import Delta, Finished, Message
 from tandem.errors import TandemError
@@ -54,6 +54,7 @@ class Conversation:
 
 @click.command("chat")
 @gateway_option
+@access_options
 @click.option("--system", metavar="TEXT", help="What the model is told first.")
 @click.option("--max-tokens", type=int, default=512, show_default=True, help="Most tokens an answer.")
 @click.option(
@@ -63,8 +64,9 @@ class Conversation:
 @click.option("--seed", type=int, help="Same seed, same answers.")
 def command(gateway: str, system: str | None, **flags: Any) -> None:
     """Talk to the model; the whole conversation is sent with each turn."""
+    access = take_access(flags)
     options = {key: value for key, value in flags.items() if value is not None}
-    with explained(gateway), Client(gateway) as client:
+    with explained(gateway), Client(gateway, **access) as client:
         served = client.models()
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import click
 
-from tandem.cli.options import explained, gateway_option
+from tandem.cli.options import access_options, explained, gateway_option, take_access
 from tandem.client.blocking import Client, Stream
 from tandem.client.types import Delta, End, Finished, Options, PromptAccepted
 
@@ -17,6 +17,7 @@ from tandem.client.types import Delta, End, Finished, Options, PromptAccepted
 @click.command("generate")
 @click.argument("prompt", required=False)
 @gateway_option
+@access_options
 @click.option("--max-tokens", type=int, metavar="N", help="Most tokens to generate.  [default: the server's]")
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True, help="Randomness; 0 takes the likeliest token."
@@ -28,6 +29,7 @@ from tandem.client.types import Delta, End, Finished, Options, PromptAccepted
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end of text.")
 @click.option("--chat", is_flag=True, help="Send the prompt as a chat message, through the model's template.")
 @click.option("--token-ids", metavar="1,2,3", help="A prompt of token ids in place of text.")
+@click.option("--cache-salt", metavar="TEXT", help="Share cached prefixes only with requests of the same salt.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Give up after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 def command(
@@ -40,12 +42,13 @@ def command(
     **flags: Any,
 ) -> None:
     """Continue PROMPT ("-" reads it from standard input) and print the text as it comes."""
+    access = take_access(flags)
     given = {key: value for key, value in flags.items() if value not in (None, ())}
     options = cast(Options, given)
     source = _input(prompt, token_ids, chat)
     with (
         explained(gateway),
-        Client(gateway, timeout=timeout) as client,
+        Client(gateway, timeout=timeout, **access) as client,
         client.stream(**source, **options) as events,
     ):
         summary = follow(events, echo=not as_json)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -14,6 +16,7 @@ from tandem.client import convert
 from tandem.client.going_on import Progress, Route, Tries, repeated
 from tandem.client.types import Event, GenerateResult, Message, Model, Options
 from tandem.service.channel import open_channel
+from tandem.service.tls import client_tls
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -26,11 +29,20 @@ class AsyncClient:
         *,
         addresses: Sequence[str] | None = None,
         timeout: float | None = None,
+        api_key: str | None = None,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
+        tls_server_name: str = "",
     ) -> None:
         """`address` is HOST:PORT or a gRPC target. `addresses`, in its place, are several gateways of the same workers;
         when one is lost, the next is asked. `timeout` (seconds) holds for calls that name none; None: the server's.
+
+        `tls_ca` (PEM file) means TLS, with the client's own certificate where `tls_cert` and `tls_key` are given;
+        `tls_server_name`: what the gateway's certificate must name in place of the address. Raises ConfigError.
         """
-        self._route = Route(address, addresses, open_channel)
+        tls = client_tls(tls_ca, tls_cert, tls_key, tls_server_name)
+        self._route = Route(address, addresses, partial(open_channel, tls=tls), api_key)
         self._stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(one) for one in self._route.channels]
         self._timeout = timeout
 
@@ -110,7 +122,9 @@ class AsyncClient:
         while True:
             at = self._route.at
             try:
-                return await getattr(self._stubs[at], method)(request, timeout=tries.remaining)
+                return await getattr(self._stubs[at], method)(
+                    request, timeout=tries.remaining, metadata=self._route.metadata
+                )
             except grpc.RpcError as exc:
                 pause = tries.pause_after(exc, at=at)
             await asyncio.sleep(pause)
@@ -132,7 +146,9 @@ class AsyncStream(AsyncIterator[Event]):
     def _begin(self) -> None:
         self._at = self._route.at
         stub, progress = self._stubs[self._at], self._progress
-        self._call = stub.GenerateStream(progress.request(), timeout=progress.tries.remaining)
+        self._call = stub.GenerateStream(
+            progress.request(), timeout=progress.tries.remaining, metadata=self._route.metadata
+        )
 
     async def _read(self) -> AsyncIterator[Event]:
         while not self._over.is_set():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -14,6 +16,7 @@ from tandem.client import convert
 from tandem.client.going_on import Progress, Route, Tries, repeated
 from tandem.client.types import Event, GenerateResult, Message, Model, Options
 from tandem.service.channel import open_blocking_channel
+from tandem.service.tls import client_tls
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -26,11 +29,20 @@ class Client:
         *,
         addresses: Sequence[str] | None = None,
         timeout: float | None = None,
+        api_key: str | None = None,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
+        tls_server_name: str = "",
     ) -> None:
         """`address` is HOST:PORT or a gRPC target. `addresses`, in its place, are several gateways of the same workers;
         when one is lost, the next is asked. `timeout` (seconds) holds for calls that name none; None: the server's.
+
+        `tls_ca` (PEM file) means TLS, with the client's own certificate where `tls_cert` and `tls_key` are given;
+        `tls_server_name`: what the gateway's certificate must name in place of the address. Raises ConfigError.
         """
-        self._route = Route(address, addresses, open_blocking_channel)
+        tls = client_tls(tls_ca, tls_cert, tls_key, tls_server_name)
+        self._route = Route(address, addresses, partial(open_blocking_channel, tls=tls), api_key)
         self._stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(one) for one in self._route.channels]
         self._timeout = timeout
 
@@ -107,7 +119,7 @@ class Client:
         while True:
             at = self._route.at
             try:
-                return getattr(self._stubs[at], method)(request, timeout=tries.remaining)
+                return getattr(self._stubs[at], method)(request, timeout=tries.remaining, metadata=self._route.metadata)
             except grpc.RpcError as exc:
                 pause = tries.pause_after(exc, at=at)
             time.sleep(pause)
@@ -129,7 +141,9 @@ class Stream(Iterator[Event]):
     def _begin(self) -> None:
         self._at = self._route.at
         stub, progress = self._stubs[self._at], self._progress
-        self._call = stub.GenerateStream(progress.request(), timeout=progress.tries.remaining)
+        self._call = stub.GenerateStream(
+            progress.request(), timeout=progress.tries.remaining, metadata=self._route.metadata
+        )
 
     def _read(self) -> Iterator[Event]:
         while not self._over.is_set():

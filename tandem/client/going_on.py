@@ -39,12 +39,22 @@ _CUT = (
 class Route(Generic[Channel]):
     """The gateways, and which of them is asked now. All calls move on together; threads may share it."""
 
-    def __init__(self, address: str, addresses: Sequence[str] | None, open_channel: Callable[[str], Channel]) -> None:
-        """Asks `address`, or the first of `addresses` until it fails. Raises ConfigError for an empty list."""
+    def __init__(
+        self,
+        address: str,
+        addresses: Sequence[str] | None,
+        open_channel: Callable[[str], Channel],
+        api_key: str | None = None,
+    ) -> None:
+        """Asks `address`, or the first of `addresses` until it fails. Raises ConfigError for an empty list and for what
+        can be no API key.
+        """
         given = [address] if addresses is None else list(addresses)
         if not given:
             raise ConfigError("addresses: at least one gateway is needed")
         self.addresses = given
+        self.metadata = key_metadata(api_key)
+        """Goes with every call."""
         self.channels = [open_channel(one) for one in given]
         self._at = 0
         self.closed = False
@@ -58,6 +68,15 @@ class Route(Generic[Channel]):
         """The gateway `at` failed: ask the next, unless another call has moved on already."""
         if self._at == at:
             self._at = (at + 1) % len(self.addresses)
+
+
+def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """The header that says who calls. Raises ConfigError, which doesn't quote the key."""
+    if api_key is None:
+        return ()
+    if not api_key or not all("!" <= character <= "~" for character in api_key):
+        raise ConfigError("api_key: a key is printable ASCII without spaces")
+    return (("authorization", f"Bearer {api_key}"),)
 
 
 class Tries:
