@@ -15,6 +15,7 @@ class Flags(flags.Flags):
     """Everything that the command line says."""
 
     mixed_prefill_tokens: int
+    convert_kv_dtype: bool
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
@@ -33,5 +34,14 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         metavar="TOKENS",
         help="prompt tokens a step beside decoding sequences",
     )
+    parser.add_argument(
+        "--convert-kv-dtype",
+        action="store_true",
+        help="take KV blocks of another dtype than --kv-dtype from prefill workers; rounds, so tokens may differ",
+    )
     values = parser.parse_args(argv)
-    return Flags(**flags.common(values), mixed_prefill_tokens=values.mixed_prefill_tokens)
+    return Flags(
+        **flags.common(values),
+        mixed_prefill_tokens=values.mixed_prefill_tokens,
+        convert_kv_dtype=values.convert_kv_dtype,
+    )

@@ -19,6 +19,7 @@ import grpc
 from decode_service.worker import DecodeWorker
 from kv_transfer.messages import Ack, Commit, Committed, Opened
 from kv_transfer.session import CopyPlan, Receiver, ReceiveSession
+from kv_transfer.staging import StagingPool
 from kv_transfer.transport import TargetTransport
 from tandem.errors import DeadlineError, InternalError, InvalidRequestError, TandemError
 from tandem.service.logging import get_logger
@@ -49,6 +50,8 @@ class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
             model_id=identity.model_id,
             numerics_id=identity.numerics_id,
             transports=transports,
+            convert_dtype=identity.convert_kv_dtype,
+            staging=StagingPool(COPY_THREADS),
         )
 
     def close(self) -> None:

@@ -174,6 +174,7 @@ class PrefillCall(Call):
             needed_end=lease.needed_end,
             layout=decode.info.layout,
             transports=decode.info.transports,
+            convert_kv_dtype=decode.info.convert_kv_dtype,
         )
         request = prefill_pb2.PrefillRequest(
             record=wire.record_to_pb(record), incarnation=self.worker.info.incarnation, target=target

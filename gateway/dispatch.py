@@ -34,13 +34,13 @@ class Ticket:
         """Takes the credit."""
         self.decode, self.prefill, self._need = pair.decode, pair.prefill, need
         self._prefills: list[Worker] = []
-        self.decode.take(need.sequences, need.tokens, need.hashes)
+        self.decode.take(need.sequences, need.tokens, need.prefix)
         if self.prefill is not None:
             self.take_prefill(self.prefill)
 
     def take_prefill(self, worker: Worker) -> None:
         """Another prefill worker joined the request."""
-        worker.take(1, self._need.tokens, self._need.hashes)
+        worker.take(1, self._need.tokens, self._need.prefix)
         self.prefill = worker
         self._prefills.append(worker)
 

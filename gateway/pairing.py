@@ -1,7 +1,7 @@
 """Chooses where a request runs: the pair of workers whose estimated cost is least.
 
 Cost is in seconds of waiting, roughly: prompt tokens that must be computed before and for this request on P, tokens
-that must travel to D, and how crowded D is. Only workers of one model, one layout and one numerics id are paired.
+that must travel to D, and how crowded D is. Only workers that fit (`gateway.fit`) are paired.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gateway.affinity import Prefix
 from gateway.config import GatewayConfig
+from gateway.fit import mismatch
 from gateway.pool import WorkerPool
 from gateway.workers import Worker
 from tandem.errors import IncompatibleError
@@ -26,7 +28,7 @@ class Need:
 
     tokens: int
     sequences: int
-    hashes: list[bytes]
+    prefix: Prefix
     model_id: str = ""
     numerics_id: str = ""
     avoid: frozenset[str] = frozenset()
@@ -56,11 +58,10 @@ class Pairing:
         """
         decode = [worker for worker in self._pool.decode if worker.ready and _fits(worker, need)]
         prefill = [worker for worker in self._pool.prefill if worker.ready]
-        pairable = {worker.identity for worker in prefill}
-        fitting = [worker for worker in decode if worker.identity in pairable]
+        fitting = [one for one in decode if any(mismatch(other.traits, one.traits) is None for other in prefill)]
         if not prefill or len(fitting) == len(decode):
             return decode
-        alone = [worker for worker in decode if worker.identity not in pairable]
+        alone = [worker for worker in decode if worker not in fitting]
         texts = [self._pool.report_mismatch(prefill[0], worker) for worker in alone]
         if not fitting and not need.model_id:
             raise IncompatibleError(texts[0], reason="INCOMPATIBLE_WORKERS")
@@ -83,7 +84,7 @@ class Pairing:
         return min(fitting, key=lambda worker: _prefill_cost(worker, need), default=None)
 
     def _with_prefill(self, decode: Worker, need: Need, now: float) -> tuple[float, Pair] | None:
-        missing = max(1, need.tokens - decode.memory.expected(need.hashes))
+        missing = max(1, need.tokens - decode.memory.expected(need.prefix))
         cost = _decode_cost(decode) + missing / TRANSFER_TOKENS_PER_SECOND
         fitting = self._fitting(decode, need)
         if not fitting or missing <= self._config.local_prefill_threshold:
@@ -97,7 +98,9 @@ class Pairing:
         return [
             worker
             for worker in self._pool.prefill
-            if worker.ready and worker.identity == decode.identity and worker.info.incarnation not in need.avoid
+            if worker.ready
+            and mismatch(worker.traits, decode.traits) is None
+            and worker.info.incarnation not in need.avoid
         ]
 
     def has_decode_credit(self, worker: Worker, need: Need, now: float) -> bool:
@@ -131,7 +134,7 @@ def _rate(worker: Worker) -> float:
 
 
 def _prefill_cost(worker: Worker, need: Need) -> float:
-    missing = max(1, need.tokens - worker.memory.expected(need.hashes))
+    missing = max(1, need.tokens - worker.memory.expected(need.prefix))
     return (worker.load.queued_prefill_tokens + worker.pending_tokens + missing) / _rate(worker)
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gateway.fit import mismatch
 from gateway.workers import Worker
 from tandem.errors import ConfigError
 from tandem.service import address as addresses
@@ -72,10 +73,11 @@ class WorkerPool:
     @property
     def serving(self) -> bool:
         """A decode worker is ready, and a prefill worker that fits it where any is listed."""
-        decode = {worker.identity for worker in self.decode if worker.ready}
+        decode = [worker for worker in self.decode if worker.ready]
         if not self.prefill:
             return bool(decode)
-        return any(worker.ready and worker.identity in decode for worker in self.prefill)
+        prefill = [worker for worker in self.prefill if worker.ready]
+        return any(mismatch(one.traits, other.traits) is None for one in prefill for other in decode)
 
     def set_addresses(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
         """Lists exactly these; workers that left get nothing new, and what runs there goes on."""
@@ -121,7 +123,7 @@ class WorkerPool:
         """Says why two workers can't be paired; in the log once per pair of incarnations."""
         text = (
             f"prefill worker {prefill.address} and decode worker {decode.address} can't be paired: "
-            f"{_identity_text(prefill)} against {_identity_text(decode)}"
+            f"{mismatch(prefill.traits, decode.traits)}"
         )
         key = (prefill.info.incarnation, decode.info.incarnation)
         if key not in self._reported:
@@ -148,10 +150,3 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return stat.st_mtime_ns, stat.st_ino, stat.st_size
-
-
-def _identity_text(worker: Worker) -> str:
-    layout = worker.info.layout
-    parts = f"block_size={layout.block_size} dtype={layout.dtype} layers={layout.num_layers} "
-    parts += f"kv_heads={layout.num_kv_heads} head_dim={layout.head_dim} order={layout.order}"
-    return f"model {worker.info.model_id[:12]}, layout {{{parts}}}, numerics {worker.info.numerics_id}"

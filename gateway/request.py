@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gateway.affinity import prefix_hashes
+from gateway.affinity import Prefix
 from gateway.attempt import Attempt, DecodeLost
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
@@ -59,7 +59,7 @@ class RequestRun:
         self._job, self._services, self._publish = job, services, publish
         self._outputs = Outputs(job, services.tokenizer)
         sequences = job.sampling.n
-        self._need = Need(len(job.prompt), sequences, prefix_hashes(job.prompt, job.cache_scope))
+        self._need = Need(len(job.prompt), sequences, Prefix(job.prompt, job.cache_scope))
         self._dead: set[str] = set()
         self._lost = 0
         self._told = False

@@ -14,8 +14,9 @@ from typing import Any
 
 import grpc
 
-from gateway.affinity import PrefixMemory
+from gateway.affinity import Prefix, PrefixMemory
 from gateway.feed import TokenFeed
+from gateway.fit import traits_of
 from gateway.silence import Silence
 from tandem.service.channel import open_service_channel
 from tandem.service.logging import get_logger
@@ -45,6 +46,7 @@ class Worker:
         self._closing: set[asyncio.Task[None]] = set()
         self._connect()
         self.info = types_pb2.WorkerInfo()
+        self.traits = traits_of(self.info)
         self.load = types_pb2.WorkerLoad()
         self.memory = PrefixMemory()
         self.connected = False
@@ -90,11 +92,6 @@ class Worker:
         return self.connected and not self.draining
 
     @property
-    def identity(self) -> tuple[str, str, str]:
-        """Two workers can be paired when these are equal."""
-        return self.info.model_id, self.info.layout.layout_id, self.info.numerics_id
-
-    @property
     def running(self) -> int:
         """Sequences there, those of other gateways included."""
         return self.outstanding + self._foreign
@@ -132,7 +129,8 @@ class Worker:
         else:
             response = await self.stub.GetDecodeInfo(decode_pb2.GetDecodeInfoRequest(), timeout=INFO_TIMEOUT)
         if response.info.incarnation != self.info.incarnation:
-            self.memory = PrefixMemory()
+            self.memory = PrefixMemory(response.info.layout.block_size)
+            self.traits = traits_of(response.info)
             self.paused_until = 0.0
         self.info = response.info
 
@@ -173,14 +171,14 @@ class Worker:
         """It is full: nothing new until `until` (the loop's clock)."""
         self.paused_until = until
 
-    def take(self, sequences: int, tokens: int, hashes: list[bytes]) -> None:
+    def take(self, sequences: int, tokens: int, prefix: Prefix) -> None:
         """Counts work that is about to be sent. `give` takes the sequences back."""
         self.outstanding += sequences
         self.idle.clear()
         self.pending_tokens += tokens
         if self.info.layout.block_size:
             self.pending_blocks += -(-tokens // self.info.layout.block_size) + sequences
-        self.memory.remember(hashes)
+        self.memory.remember(prefix)
 
     def give(self, sequences: int) -> None:
         """The work is over, however it ended."""

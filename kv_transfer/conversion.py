@@ -1,6 +1,6 @@
 """Puts what lies in a sender's blocks into a reader's blocks: other block sizes, orders, dtypes and runs of heads.
 
-numpy only; copying and arithmetic run without the GIL. Nothing is allocated but what one segment (or, for a quantized
+numpy only; copying and arithmetic run without the GIL. Nothing is allocated but what one stretch (or, for a quantized
 target, one block) of float32 takes. Slots of the reader's last block behind the last token are left as they are.
 """
 
@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 
 from kv_transfer.formats import STORAGE, Codes, Floats, from_float32, scales_for, to_float32
-from kv_transfer.plan import HeadRun, Piece, Segment, TransferPlan
+from kv_transfer.plan import HeadRun, Piece, Stretch, TransferPlan
 from tandem.kv_layout import PAIRED_ORDER, KvLayout
 
 
@@ -123,23 +123,23 @@ def convert(
     """
     source = Blocks(staged, plan.source, run.source_head, run.count)
     into = Blocks(target, plan.target, run.target_head, run.count)
-    by_block = groupby(plan.segments(piece), key=lambda segment: segment.target_block)
-    for (_, segments), block in zip(by_block, target_blocks, strict=True):
-        _convert_block(source, into, list(segments), block)
+    by_block = groupby(plan.stretches(piece), key=lambda stretch: stretch.target_block)
+    for (_, stretches), block in zip(by_block, target_blocks, strict=True):
+        _convert_block(source, into, list(stretches), block)
 
 
-def _convert_block(source: Blocks, into: Blocks, segments: list[Segment], block: int) -> None:
+def _convert_block(source: Blocks, into: Blocks, stretches: list[Stretch], block: int) -> None:
     """All that comes into one of the reader's blocks."""
-    if source.dtype == into.dtype and (source.scales is None or len(segments) == 1):
-        for part in segments:
+    if source.dtype == into.dtype and (source.scales is None or len(stretches) == 1):
+        for part in stretches:
             ours = source.slots(part.source_block, part.source_slot, part.count)
             copy_slots(ours, into.slots(block, part.target_slot, part.count))
         if source.scales is not None and into.scales is not None:
-            into.scales[block] = source.scales[segments[0].source_block]
+            into.scales[block] = source.scales[stretches[0].source_block]
     elif into.scales is None:
-        for part in segments:
+        for part in stretches:
             values = source.values(part.source_block, part.source_slot, part.count)
             into.write(block, part.target_slot, values)
     else:
-        parts = [source.values(part.source_block, part.source_slot, part.count) for part in segments]
+        parts = [source.values(part.source_block, part.source_slot, part.count) for part in stretches]
         into.quantize(block, np.concatenate(parts, axis=3))

@@ -32,6 +32,8 @@ class Opened:
 
     needed_start: int
     needed_end: int
+    block_size: int
+    """Tokens a block of the receiver; `needed_start` and the end of each offer but the last are multiples of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Stretch:
     """Consecutive tokens within one block on both ends; blocks count from those of the piece."""
 
     source_block: int
@@ -86,12 +86,12 @@ class TransferPlan:
             yield Piece(start, stop, span.start, len(span), start // step, self.target.blocks_for(stop) - start // step)
             start = stop
 
-    def segments(self, piece: Piece) -> Iterator[Segment]:
+    def stretches(self, piece: Piece) -> Iterator[Stretch]:
         """The piece's tokens, cut wherever a block of either end ends."""
         size, step, at = self.source.block_size, self.target.block_size, piece.start
         while at < piece.end:
             count = min(size - at % size, step - at % step, piece.end - at)
-            yield Segment(at // size - piece.source_block, at % size, at // step - piece.target_block, at % step, count)
+            yield Stretch(at // size - piece.source_block, at % size, at // step - piece.target_block, at % step, count)
             at += count
 
 

@@ -6,14 +6,16 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from kv_transfer.layout import check_compatible
+from kv_transfer.landing import Landing
 from kv_transfer.leases import COPY_WAIT_SECONDS, CommitResult, Lease, LeaseTable
 from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
+from kv_transfer.plan import TransferPlan, plan_transfer
 from kv_transfer.pool import PoolMemory
 from kv_transfer.sending import WINDOW
+from kv_transfer.staging import StagingPool
 from kv_transfer.transport import SourceView, TargetTransport
 from tandem.errors import IncompatibleError, InternalError, InvalidRequestError, StaleError
-from tandem.kv_layout import KvLayout
+from tandem.kv_layout import KvLayout, check_pair, same_numerics
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Receiver:
     """By name, best first."""
     copy_wait_seconds: float = COPY_WAIT_SECONDS
     """How long a copy waits for one of an earlier attempt."""
+    convert_dtype: bool = False
+    """Take KV of another dtype, and round."""
+    staging: StagingPool = field(default_factory=StagingPool)
 
     def __post_init__(self) -> None:
         """Layout, pool and leases must speak of the same blocks; InternalError otherwise."""
@@ -38,7 +43,7 @@ class Receiver:
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
-    """What one offer needs: offer.blocks[i] of the sender goes to target_blocks[i] of the receiver."""
+    """What one offer needs: its tokens go to `target_blocks` of the receiver, block by block of the receiver's size."""
 
     offer: Offer
     target_blocks: tuple[int, ...]
@@ -58,6 +63,7 @@ class ReceiveSession:
         self._lease: Lease | None = None
         self._attempt = 0
         self._view: SourceView | None = None
+        self._plan: TransferPlan | None = None
         self._closed = False
         self._offers: list[Offer] = []
         self._pending: set[int] = set()
@@ -78,7 +84,8 @@ class ReceiveSession:
         """
         if self._lease is not None:
             raise InvalidRequestError("a second Open in one transfer", field="event")
-        transport = self._check_open(message)
+        here, transport = self._receiver, self._check_open(message)
+        self._plan = plan_transfer(message.layout, here.layout)
         lease = self._receiver.leases.get(message.lease_id)
         lease.begin(message.attempt)
         self._lease, self._attempt = lease, message.attempt
@@ -90,17 +97,19 @@ class ReceiveSession:
         if closed:
             view.close()
             raise StaleError("the transfer ended while it connected", reason="TRANSFER_OVER")
-        return Opened(lease.needed_start, lease.needed_end)
+        return Opened(lease.needed_start, lease.needed_end, here.layout.block_size)
 
     def _check_open(self, message: Open) -> TargetTransport:
         here = self._receiver
         if message.target_incarnation != here.leases.incarnation:
             raise StaleError("meant for another incarnation of this worker", reason="STALE_INCARNATION")
-        for name in ("model_id", "numerics_id"):
-            theirs, ours = getattr(message, name), getattr(here, name)
-            if theirs != ours:
-                raise IncompatibleError(f"{name} differs: sender {theirs!r}, receiver {ours!r}")
-        check_compatible(message.layout, here.layout)
+        if message.model_id != here.model_id:
+            raise IncompatibleError(f"model_id differs: sender {message.model_id!r}, receiver {here.model_id!r}")
+        check_pair(message.layout, here.layout, convert_dtype=here.convert_dtype)
+        if not same_numerics(message.numerics_id, here.numerics_id, convert_dtype=here.convert_dtype):
+            raise IncompatibleError(
+                f"numerics_id differs: sender {message.numerics_id!r}, receiver {here.numerics_id!r}"
+            )
         transport = here.transports.get(message.transport)
         if transport is None:
             raise IncompatibleError(
@@ -113,9 +122,9 @@ class ReceiveSession:
         lease = self.lease
         if self._closed or not lease.is_current(self._attempt):
             raise StaleError(f"lease {lease.lease_id}: attempt {self._attempt} is over", reason="ATTEMPT_SUPERSEDED")
-        size = self._receiver.layout.block_size
-        self._check_offer(offer, lease, size)
-        first = (offer.token_start - lease.needed_start) // size
+        layout = self._receiver.layout
+        self._check_offer(offer, lease, layout.block_size)
+        first = (offer.token_start - lease.needed_start) // layout.block_size
         with self._lock:
             if len(self._pending) >= self._window:
                 raise InvalidRequestError(f"more than {self._window} unacknowledged offers", field="offer.sequence")
@@ -123,7 +132,8 @@ class ReceiveSession:
             # Kept for the commit's check: without the bytes, or a long prompt's whole KV would gather here.
             self._offers.append(replace(offer, payload=b"", checksums=()))
         self._next_token = offer.token_end
-        return CopyPlan(offer, lease.blocks[first : first + len(offer.blocks)])
+        count = layout.blocks_for(offer.token_end - offer.token_start)
+        return CopyPlan(offer, lease.blocks[first : first + count])
 
     def _check_offer(self, offer: Offer, lease: Lease, size: int) -> None:
         if offer.sequence != len(self._offers):
@@ -138,7 +148,7 @@ class ReceiveSession:
             raise InvalidRequestError(
                 f"offer ends at token {offer.token_end} inside a block of {size}", field="offer.token_end"
             )
-        blocks = -(-(offer.token_end - offer.token_start) // size)
+        blocks = len(self._require_plan().source_span(offer.token_start, offer.token_end))
         if len(offer.blocks) != blocks or len(offer.generations) != blocks:
             raise InvalidRequestError(
                 f"{len(offer.blocks)} blocks and {len(offer.generations)} generations for {blocks} blocks of tokens",
@@ -148,15 +158,16 @@ class ReceiveSession:
     def copy(self, plan: CopyPlan) -> Ack:
         """Copy one offer's blocks into the lease's, checked. Blocking: run it in a worker thread.
 
-        Raises what `SourceView.copy` and `Lease.copying` raise; StaleError if the attempt ended meanwhile.
+        Raises what `Landing.land` and `Lease.copying` raise; StaleError if the attempt ended meanwhile.
         """
-        view, lease = self._require_view(), self.lease
+        view, lease, here = self._require_view(), self.lease, self._receiver
+        landing = Landing(self._require_plan(), here.pool, here.staging)
         with lease.copying(self._attempt, self._receiver.copy_wait_seconds) as superseded:
 
             def stop() -> bool:
                 return self._closed or superseded()
 
-            view.copy(plan.offer, self._receiver.pool, plan.target_blocks, stop)
+            landing.land(view, plan.offer, plan.target_blocks, stop)
         return self.finish_offer(plan)
 
     def finish_offer(self, plan: CopyPlan) -> Ack:
@@ -200,6 +211,11 @@ class ReceiveSession:
             )
         if message.record.request_id != lease.request_id:
             raise InvalidRequestError("the record is of another request", field="commit.record.request_id")
+
+    def _require_plan(self) -> TransferPlan:
+        """There since `on_open`, as the lease is."""
+        assert self._plan is not None
+        return self._plan
 
     def _require_view(self) -> SourceView:
         with self._lock:

@@ -50,6 +50,7 @@ class SendSession:
         self._window = window
         self._lock = threading.Lock()
         self._needed: tuple[int, int] | None = None
+        self._step = 1
         self._ready_end = 0
         self._blocks: list[int] = []
         self._generations: list[int] = []
@@ -76,11 +77,16 @@ class SendSession:
         )
 
     def on_opened(self, opened: Opened) -> None:
-        """Learn the needed range. Raises InvalidRequestError for an impossible one or a second Opened."""
-        start, end = opened.needed_start, opened.needed_end
-        if self._needed is not None or not 0 <= start <= end or start % self._sender.layout.block_size:
-            raise InvalidRequestError(f"unexpected Opened for tokens [{start}, {end})", field="opened")
-        self._offered_end = start
+        """Learn the needed range, which may begin inside a block of this side.
+
+        Raises InvalidRequestError for an impossible one or a second Opened.
+        """
+        start, end, step = opened.needed_start, opened.needed_end, opened.block_size
+        if self._needed is not None or step < 1 or not 0 <= start <= end or start % step:
+            raise InvalidRequestError(
+                f"unexpected Opened for tokens [{start}, {end}) in blocks of {step}", field="opened"
+            )
+        self._offered_end, self._step = start, step
         self._needed = (start, end)
 
     def ready(self, token_end: int, block_table: Sequence[int]) -> None:
@@ -110,6 +116,7 @@ class SendSession:
         if end is None:
             return None
         size, start = self._sender.layout.block_size, self._offered_end
+        # With blocks unlike the receiver's, the first may have been in the last offer, too.
         span = slice(start // size, self._sender.layout.blocks_for(end))
         blocks, generations = tuple(self._blocks[span]), tuple(self._generations[span])
         payload, checksums = self._transport.offer_payload(blocks)
@@ -125,16 +132,22 @@ class SendSession:
         return offer
 
     def _next_end(self) -> int | None:
-        """Where the next offer ends: a block's end, or the needed end (a partial block); None: nothing to offer."""
-        if self._needed is None:
+        """Where the next offer ends; None: nothing to offer.
+
+        At the end of a block of the receiver, or the needed end: so a block of the receiver comes whole in one offer.
+        """
+        if self._needed is None or self._offered_end == self._needed[1]:
             return None
-        layout, needed_end = self._sender.layout, self._needed[1]
-        size = layout.block_size
-        most = max(1, self._transport.max_offer_bytes // layout.block_bytes) * size
+        layout, start, needed_end = self._sender.layout, self._offered_end, self._needed[1]
+        size, step = layout.block_size, self._step
         # A block that more tokens will come into is not offered, but for the last.
-        end = needed_end if self._ready_end >= needed_end else self._ready_end // size * size
-        end = min(end, self._offered_end + most)
-        return end if end > self._offered_end else None
+        ready = needed_end if self._ready_end >= needed_end else self._ready_end // size * size
+        most_blocks = max(1, self._transport.max_offer_bytes // layout.block_bytes)
+        most = max((start // size + most_blocks) * size, start + step)
+        end = min(ready, most)
+        if end < needed_end:
+            end = end // step * step
+        return end if end > start else None
 
     def on_ack(self, ack: Ack) -> None:
         """Raises InvalidRequestError for an offer that isn't waiting for its Ack."""

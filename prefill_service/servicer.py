@@ -125,8 +125,9 @@ def target_from_pb(message: prefill_pb2.TransferTarget) -> Target:
         incarnation=message.incarnation,
         needed_start=message.needed_start,
         needed_end=message.needed_end,
-        layout=messages.layout_from_pb(message.layout),
+        layout=wire.layout_from_pb(message.layout),
         transports=tuple(message.transports),
+        convert_kv_dtype=message.convert_kv_dtype,
     )
 
 

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine.batch import StepRunner
-from kv_transfer.layout import check_compatible
 from kv_transfer.registry import choose
 from kv_transfer.session import Sender, SendSession
 from kv_transfer.transport import SourceTransport
@@ -21,7 +20,7 @@ from prefill_service.request import tokens_to_prefill
 from prefill_service.scheduler import Scheduler
 from prefill_service.sender import Transfer
 from tandem.errors import ConfigError, InvalidRequestError
-from tandem.kv_layout import KvLayout
+from tandem.kv_layout import KvLayout, check_pair
 from tandem.record import Record
 from tandem.service import address as addresses
 from tandem.service.tls import Tls
@@ -43,6 +42,7 @@ class Target:
     needed_end: int
     layout: KvLayout
     transports: tuple[str, ...]
+    convert_kv_dtype: bool = False
 
 
 class PrefillWorker(Worker[Job]):
@@ -93,7 +93,7 @@ class PrefillWorker(Worker[Job]):
         self.check_open()
         tokens = len(tokens_to_prefill(record))
         check_target(target, tokens)
-        check_compatible(self.identity.layout, target.layout)
+        check_pair(self.identity.layout, target.layout, convert_dtype=target.convert_kv_dtype)
         session = SendSession(
             self._sender,
             self._transports[choose(list(self._transports), target.transports)],

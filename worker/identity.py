@@ -27,6 +27,8 @@ class WorkerIdentity:
     architecture: str = ""
     quantization: str = ""
     metrics_address: str = ""
+    convert_kv_dtype: bool = False
+    """Of a decode worker: it takes KV of another dtype and rounds it."""
 
     def check_incarnation(self, meant: str) -> None:
         """Raises StaleError for a message to an earlier life of this address."""

@@ -6,7 +6,6 @@ from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
 from tandem.errors import InternalError
 from tandem.service import wire
 from tandem.v1 import kv_transfer_pb2 as pb
-from worker.messages import layout_from_pb, layout_to_pb
 
 
 def open_to_pb(message: Open) -> pb.TransferRequest:
@@ -18,7 +17,7 @@ def open_to_pb(message: Open) -> pb.TransferRequest:
         target_incarnation=message.target_incarnation,
         model_id=message.model_id,
         numerics_id=message.numerics_id,
-        layout=layout_to_pb(message.layout),
+        layout=wire.layout_to_pb(message.layout),
         transport=message.transport,
         endpoint=message.endpoint,
     )
@@ -34,7 +33,7 @@ def open_from_pb(message: pb.TransferOpen) -> Open:
         target_incarnation=message.target_incarnation,
         model_id=message.model_id,
         numerics_id=message.numerics_id,
-        layout=layout_from_pb(message.layout),
+        layout=wire.layout_from_pb(message.layout),
         transport=message.transport,
         endpoint=message.endpoint,
     )
@@ -83,7 +82,9 @@ def commit_from_pb(message: pb.TransferCommit) -> Commit:
 def answer_to_pb(answer: Opened | Ack | Committed) -> pb.TransferResponse:
     """What goes back to the sender."""
     if isinstance(answer, Opened):
-        opened = pb.TransferOpened(needed_start=answer.needed_start, needed_end=answer.needed_end)
+        opened = pb.TransferOpened(
+            needed_start=answer.needed_start, needed_end=answer.needed_end, block_size=answer.block_size
+        )
         return pb.TransferResponse(opened=opened)
     if isinstance(answer, Ack):
         return pb.TransferResponse(ack=pb.TransferAck(sequence=answer.sequence))
@@ -94,7 +95,7 @@ def answer_from_pb(message: pb.TransferResponse) -> Opened | Ack | Committed:
     """What the receiver said. Raises InternalError for a message of another version."""
     kind = message.WhichOneof("event")
     if kind == "opened":
-        return Opened(message.opened.needed_start, message.opened.needed_end)
+        return Opened(message.opened.needed_start, message.opened.needed_end, message.opened.block_size)
     if kind == "ack":
         return Ack(message.ack.sequence)
     if kind == "committed":

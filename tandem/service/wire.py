@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tandem.errors import InvalidRequestError
+from tandem.kv_layout import KvLayout
 from tandem.record import FinishReason, OutputState, Record, SamplingParams, StopRules, TokenDelta, TokenLogprobs
 from tandem.v1 import types_pb2 as pb
 
@@ -172,3 +173,32 @@ def record_from_pb(message: pb.Record) -> Record:
         priority=message.priority,
         arrival=message.arrival_seconds,
     )
+
+
+def layout_to_pb(layout: KvLayout) -> pb.KvLayout:
+    """With the derived fields, for people and for `layout_from_pb`."""
+    return pb.KvLayout(
+        block_size=layout.block_size,
+        dtype=layout.dtype,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        order=layout.order,
+        tp_size=layout.tp_size,
+        block_bytes=layout.block_bytes,
+        layout_id=layout.layout_id,
+    )
+
+
+def layout_from_pb(message: pb.KvLayout) -> KvLayout:
+    """Raises InvalidRequestError or IncompatibleError for a layout that can't be."""
+    layout = KvLayout(
+        block_size=message.block_size,
+        dtype=message.dtype,
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        order=message.order,
+        tp_size=message.tp_size,
+    )
+    return layout.check_wire(message.block_bytes, message.layout_id)

@@ -82,7 +82,7 @@ class TransferOffer(_message.Message):
     CHECKSUMS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     token_start: _builtins.int
-    """Tokens covered; starts at a block boundary."""
+    """Tokens covered; starts at a block boundary of the receiver, perhaps inside the first of `blocks`."""
     token_end: _builtins.int
     payload: _builtins.bytes
     """The blocks' bytes one after another, when they ride in the stream."""
@@ -181,17 +181,21 @@ class TransferOpened(_message.Message):
 
     NEEDED_START_FIELD_NUMBER: _builtins.int
     NEEDED_END_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     needed_start: _builtins.int
     needed_end: _builtins.int
+    block_size: _builtins.int
+    """Tokens a block of the receiver: needed_start is a multiple of it, and so is the end of every offer but the last."""
     def __init__(
         self,
         *,
         needed_start: _builtins.int = ...,
         needed_end: _builtins.int = ...,
+        block_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["needed_end", b"needed_end", "needed_start", b"needed_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "needed_end", b"needed_end", "needed_start", b"needed_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,14 +55,17 @@ class TransferTarget(_message.Message):
     NEEDED_END_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    CONVERT_KV_DTYPE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     attempt: _builtins.int
     address: _builtins.str
     """HOST:PORT of the decode worker's KvTransferService."""
     incarnation: _builtins.str
     needed_start: _builtins.int
-    """Token range whose KV the decode worker lacks; starts at a block boundary."""
+    """Token range whose KV the decode worker lacks; starts at a block boundary of the decode worker."""
     needed_end: _builtins.int
+    convert_kv_dtype: _builtins.bool
+    """The decode worker takes KV of another dtype."""
     @_builtins.property
     def layout(self) -> _types_pb2.KvLayout: ...
     @_builtins.property
@@ -80,10 +83,11 @@ class TransferTarget(_message.Message):
         needed_end: _builtins.int = ...,
         layout: _types_pb2.KvLayout | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        convert_kv_dtype: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "incarnation", b"incarnation", "layout", b"layout", "lease_id", b"lease_id", "needed_end", b"needed_end", "needed_start", b"needed_start", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "convert_kv_dtype", b"convert_kv_dtype", "incarnation", b"incarnation", "layout", b"layout", "lease_id", b"lease_id", "needed_end", b"needed_end", "needed_start", b"needed_start", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

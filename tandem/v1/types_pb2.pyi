@@ -500,10 +500,11 @@ class KvLayout(_message.Message):
     ORDER_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     LAYOUT_ID_FIELD_NUMBER: _builtins.int
+    TP_SIZE_FIELD_NUMBER: _builtins.int
     block_size: _builtins.int
     """Tokens a block."""
     dtype: _builtins.str
-    """Element type: float32, bfloat16, float16."""
+    """Element type: float32, bfloat16, float16; float8_e4m3, int8: with scales behind a block's elements."""
     num_layers: _builtins.int
     num_kv_heads: _builtins.int
     """KV heads on this rank."""
@@ -513,7 +514,9 @@ class KvLayout(_message.Message):
     block_bytes: _builtins.int
     """Bytes a block, all layers, keys and values."""
     layout_id: _builtins.str
-    """Digest of the fields above."""
+    """Digest of all other fields."""
+    tp_size: _builtins.int
+    """Ranks that share the KV heads, each with a pool of its own."""
     def __init__(
         self,
         *,
@@ -525,10 +528,11 @@ class KvLayout(_message.Message):
         order: _builtins.str = ...,
         block_bytes: _builtins.int = ...,
         layout_id: _builtins.str = ...,
+        tp_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "layout_id", b"layout_id", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "layout_id", b"layout_id", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "order", b"order", "tp_size", b"tp_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -557,6 +561,7 @@ class WorkerInfo(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    CONVERT_KV_DTYPE_FIELD_NUMBER: _builtins.int
     role: Global___WorkerRole.ValueType
     incarnation: _builtins.str
     """New at every start; a message to an old one is refused."""
@@ -579,6 +584,8 @@ class WorkerInfo(_message.Message):
     architecture: _builtins.str
     """Model architecture and number format, for people."""
     quantization: _builtins.str
+    convert_kv_dtype: _builtins.bool
+    """Of a decode worker: takes KV of another dtype and rounds it, which gives up exactness."""
     @_builtins.property
     def layout(self) -> Global___KvLayout: ...
     @_builtins.property
@@ -607,10 +614,11 @@ class WorkerInfo(_message.Message):
         metrics_address: _builtins.str = ...,
         architecture: _builtins.str = ...,
         quantization: _builtins.str = ...,
+        convert_kv_dtype: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "layout", b"layout", "max_context", b"max_context", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model_id", b"model_id", "model_name", b"model_name", "numerics_id", b"numerics_id", "pid", b"pid", "quantization", b"quantization", "role", b"role", "total_blocks", b"total_blocks", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "convert_kv_dtype", b"convert_kv_dtype", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "layout", b"layout", "max_context", b"max_context", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model_id", b"model_id", "model_name", b"model_name", "numerics_id", b"numerics_id", "pid", b"pid", "quantization", b"quantization", "role", b"role", "total_blocks", b"total_blocks", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -262,7 +262,8 @@ class Answer:
 
     def __init__(self, response: Any) -> None:
         self.ack, self.committed = response.ack, response.committed
-        self.opened_range = response.opened.needed_start, response.opened.needed_end
+        opened = response.opened
+        self.opened_range = opened.needed_start, opened.needed_end, opened.block_size
 
 
 async def read(call: Any) -> Answer:

@@ -12,6 +12,8 @@ import grpc
 
 from gateway.wiring import Gateway
 from tandem.errors import DrainingError, OverloadedError, StaleError
+from tandem.kv_layout import KvLayout
+from tandem.service import wire
 from tandem.service.channel import open_channel
 from tandem.service.peers import callers, peer_of
 from tandem.service.server import ServerShell
@@ -27,6 +29,7 @@ from tandem.v1 import (
 )
 
 BEAT = 0.1
+LAYOUT = KvLayout(block_size=16, dtype="float32", num_layers=2, num_kv_heads=2, head_dim=8)
 SERVICES = ("tandem.v1.DecodeService", "tandem.v1.PrefillService")
 _numbers = itertools.count(1)
 
@@ -52,7 +55,7 @@ class FakeWorker:
 
     def __init__(self, *, listen: str = "127.0.0.1:0", tls: Tls | None = None, **info: Any) -> None:
         number = next(_numbers)
-        layout = types_pb2.KvLayout(block_size=16, dtype="float32", layout_id="layout-a", num_layers=2)
+        layout = wire.layout_to_pb(LAYOUT)
         values = {
             "role": self.role,
             "incarnation": f"life-{number}",

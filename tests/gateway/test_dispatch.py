@@ -11,6 +11,7 @@ import pytest
 from gateway_fakes import Cluster, until
 
 from gateway import text as texts
+from gateway.affinity import Prefix
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.pairing import Need, Pair
@@ -25,7 +26,7 @@ async def test_credit_is_given_out_while_another_worker_pauses() -> None:
     pool: Any = SimpleNamespace(prefill=[], decode=[worker], on_change=listeners.append)
     pairing: Any = SimpleNamespace(choose=lambda *_: None, candidates=lambda _: [worker])
     dispatcher = Dispatcher(pool, pairing, GatewayConfig())
-    waiting = asyncio.create_task(dispatcher.acquire(Need(8, 1, []), priority=0, arrival=0.0))
+    waiting = asyncio.create_task(dispatcher.acquire(Need(8, 1, Prefix([])), priority=0, arrival=0.0))
     await asyncio.sleep(0.05)
     pairing.choose = lambda *_: Pair(worker, None)
     listeners[0]()

@@ -320,29 +320,6 @@ async def test_no_worker_at_all(cluster: Cluster, serve: Any) -> None:
     assert error_details_pb2.RetryInfo.DESCRIPTOR.full_name in kinds
 
 
-async def test_incompatible_layouts(cluster: Cluster, serve: Any) -> None:
-    """FAILED_PRECONDITION with both layouts, before any transfer, and not serving."""
-    await cluster.add_prefill()
-    other = types_pb2.KvLayout(block_size=32, dtype="bfloat16", layout_id="layout-b", num_layers=2)
-    await cluster.add_decode(layout=other)
-    front = await serve()
-    assert not front.gateway.pool.serving
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await front.collect(front.stream())
-    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-    details = caught.value.details()
-    assert "block_size=16" in details
-    assert "block_size=32" in details
-    assert cluster.decode[0].records == []
-    # A worker that fits makes it serve.
-    fitting = await cluster.add_decode()
-    addresses = [worker.address for worker in cluster.decode]
-    front.gateway.pool.set_addresses([cluster.prefill[0].address], addresses)
-    await until(lambda: front.gateway.pool.serving)
-    assert tokens_of(await front.collect(front.stream())) == expected(8)
-    assert len(fitting.records) == 1
-
-
 async def test_migration_needs_the_same_numerics(cluster: Cluster, serve: Any) -> None:
     """A worker that computes other bits never continues a stream."""
     await cluster.start(prefill=0)

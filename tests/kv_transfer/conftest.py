@@ -89,7 +89,7 @@ class Ends:
         """Both sides of one transfer after Open and Opened."""
         send, receive = self.pair(lease, attempt, window)
         opened = receive.on_open(send.open())
-        assert opened == Opened(lease.needed_start, lease.needed_end)
+        assert opened == Opened(lease.needed_start, lease.needed_end, self.receiver.layout.block_size)
         send.on_opened(opened)
         return send, receive
 

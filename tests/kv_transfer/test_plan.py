@@ -52,7 +52,7 @@ def test_every_token_comes_exactly_once_and_in_bounds(size: int, step: int, most
         assert piece.source_blocks * source.block_bytes <= max(most * source.block_bytes, staged_bytes(source, target))
         assert (piece.source_block, piece.target_block) == (piece.start // size, piece.start // step)
         tokens = []
-        for part in plan.segments(piece):
+        for part in plan.stretches(piece):
             assert part.source_block < piece.source_blocks
             assert part.target_block < piece.target_blocks
             assert part.source_slot + part.count <= size

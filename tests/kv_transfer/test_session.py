@@ -58,7 +58,7 @@ def test_prefill_need_not_wait_for_opened(local_ends: Any) -> None:
     send.ready(8, [0, 1])
     assert send.next_offer() is None
     assert not send.all_offered
-    send.on_opened(Opened(4, 10))
+    send.on_opened(Opened(4, 10, 4))
     offer = send.next_offer()
     assert (offer.sequence, offer.token_start, offer.token_end, offer.blocks) == (0, 4, 8, (1,))
     assert send.next_offer() is None
@@ -70,7 +70,7 @@ def test_prefill_need_not_wait_for_opened(local_ends: Any) -> None:
 
 def test_cached_tokens_of_the_receiver_are_not_offered(local_ends: Any) -> None:
     send, _ = local_ends.pair(local_ends.grant(8, 12))
-    send.on_opened(Opened(8, 12))
+    send.on_opened(Opened(8, 12, 4))
     send.ready(8, [0, 1])
     assert send.next_offer() is None
     send.ready(12, [0, 1, 2])
@@ -110,14 +110,16 @@ def test_acks_that_cannot_be(local_ends: Any) -> None:
             send.on_ack(Ack(sequence))
 
 
-@pytest.mark.parametrize("opened", [Opened(1, 4), Opened(8, 4), Opened(-4, 4)])
+@pytest.mark.parametrize(
+    "opened", [Opened(1, 4, 4), Opened(8, 4, 4), Opened(-4, 4, 4), Opened(0, 4, 0), Opened(4, 4, 3)]
+)
 def test_opened_that_cannot_be(local_ends: Any, opened: Opened) -> None:
     send, _ = local_ends.pair(local_ends.grant(0, 4))
     with pytest.raises(InvalidRequestError):
         send.on_opened(opened)
-    send.on_opened(Opened(0, 4))
+    send.on_opened(Opened(0, 4, 4))
     with pytest.raises(InvalidRequestError):
-        send.on_opened(Opened(0, 4))
+        send.on_opened(Opened(0, 4, 4))
 
 
 def test_misuse_by_our_own_side(local_ends: Any, tools: Any) -> None:
@@ -126,7 +128,7 @@ def test_misuse_by_our_own_side(local_ends: Any, tools: Any) -> None:
         send.commit(tools.record())
     with pytest.raises(InvalidRequestError):
         send.on_committed(Committed(False))
-    send.on_opened(Opened(0, 8))
+    send.on_opened(Opened(0, 8, 4))
     with pytest.raises(InternalError):
         send.ready(8, [0])
     send.ready(8, [0, 1])

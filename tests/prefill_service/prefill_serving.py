@@ -29,10 +29,10 @@ from tandem.service.channel import open_channel
 from tandem.service.metrics import Metrics
 from tandem.service.server import ServerShell
 from tandem.service.status import from_rpc_error
+from tandem.service.wire import layout_to_pb
 from tandem.v1 import kv_transfer_pb2 as kv_pb
 from tandem.v1 import kv_transfer_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from worker.identity import WorkerIdentity
-from worker.messages import layout_to_pb
 from worker.transfer_messages import answer_to_pb, commit_from_pb, offer_from_pb, open_from_pb
 
 BLOCK_SIZE = 4

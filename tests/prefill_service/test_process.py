@@ -29,9 +29,9 @@ from tandem.service import pulse, wire
 from tandem.service.call_status import CallStatus
 from tandem.service.channel import open_channel
 from tandem.service.tls import Tls, TlsFiles
+from tandem.service.wire import layout_to_pb
 from tandem.v1 import prefill_pb2, prefill_pb2_grpc
 from worker import process as worker_process
-from worker.messages import layout_to_pb
 
 
 def test_flags_become_settings() -> None:

@@ -81,9 +81,9 @@ async def test_a_decode_worker_that_misbehaves(how: str) -> None:
             if how == "drains":
                 raise DrainingError("about to stop")
             if how == "wants too much":
-                return [kv_pb.TransferResponse(opened=kv_pb.TransferOpened(needed_end=1000))]
+                return [kv_pb.TransferResponse(opened=kv_pb.TransferOpened(needed_end=1000, block_size=4))]
             if how == "acks too much":
-                opened = kv_pb.TransferResponse(opened=kv_pb.TransferOpened(needed_end=8))
+                opened = kv_pb.TransferResponse(opened=kv_pb.TransferOpened(needed_end=8, block_size=4))
                 return [opened, kv_pb.TransferResponse(ack=kv_pb.TransferAck(sequence=99))]
             return [kv_pb.TransferResponse()] if how == "says nothing" else []
 
