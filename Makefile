@@ -1,6 +1,6 @@
 # Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
 .DEFAULT_GOAL := help
-.PHONY: help setup run test exact check bench bench-growth bench-peers gpu-table clean
+.PHONY: help setup run test exact chaos check bench bench-growth bench-peers gpu-table clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,9 @@ test: setup ## all tests (no network, no GPU)
 
 exact: setup ## the same tokens in every way of running (the full matrix; hours on two cores)
 	@exec scripts/test tests/exact --exact-full -v --durations=0 -o log_cli=true -o log_cli_level=INFO $(ARGS)
+
+chaos: setup ## kill, hang, drain and cut off processes under streams that must not notice (ARGS="--minutes 20 --seed 7")
+	@exec .venv/bin/python tests/chaos $(ARGS)
 
 check: setup ## ruff, mypy strict, import-linter, buf lint, stub freshness
 	@exec scripts/check

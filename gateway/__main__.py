@@ -66,6 +66,18 @@ def parser() -> argparse.ArgumentParser:
         default=config.local_prefill_threshold,
         help="prompts that lack at most this many tokens are computed by the decode worker",
     )
+    add(
+        "--max-migrations",
+        type=_not_negative,
+        default=config.patience.max_migrations,
+        help="decode workers that one request may lose",
+    )
+    add(
+        "--max-deaths",
+        type=_positive,
+        default=config.patience.max_deaths,
+        help="a request aboard so many workers that died is taken for the cause and fails",
+    )
     add_tls_flags(flags)
     add(
         "--tls-client-auth",
@@ -113,7 +125,12 @@ async def _main(flags: argparse.Namespace) -> int:
         max_queue=flags.max_queue,
         local_prefill_threshold=flags.local_prefill_threshold,
         limits=replace(Limits(), max_prompt_bytes=flags.max_prompt_bytes),
-        patience=replace(Patience(), default_timeout=flags.default_timeout),
+        patience=replace(
+            Patience(),
+            default_timeout=flags.default_timeout,
+            max_migrations=flags.max_migrations,
+            max_deaths=flags.max_deaths,
+        ),
     )
     gateway = Gateway(_bindings(flags), config)
     try:
