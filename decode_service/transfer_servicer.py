@@ -18,11 +18,13 @@ import grpc
 
 from decode_service.worker import DecodeWorker
 from kv_transfer.messages import Ack, Commit, Committed, Opened
+from kv_transfer.peers import Identity
 from kv_transfer.session import CopyPlan, Receiver, ReceiveSession
 from kv_transfer.staging import StagingPool
 from kv_transfer.transport import TargetTransport
 from tandem.errors import DeadlineError, InternalError, InvalidRequestError, TandemError
 from tandem.service.logging import get_logger
+from tandem.service.peers import peer_of
 from tandem.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
 from worker import transfer_messages as messages
 
@@ -90,7 +92,9 @@ class _Transfer:
         self._worker = worker
         self._executor = executor
         self._context = context
-        self._session = ReceiveSession(receiver)
+        peer = peer_of(context)
+        identity = Identity(peer.dns_names.union(peer.uris), peer.fingerprint)
+        self._session = ReceiveSession(receiver, identity=identity)
         self._block_bytes = receiver.layout.block_bytes
         self._copies: set[asyncio.Task[None]] = set()
         self._write_lock = asyncio.Lock()

@@ -5,7 +5,7 @@ Values are as they came from the peer: the sessions check them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tandem.kv_layout import KvLayout
 from tandem.record import Record
@@ -23,7 +23,9 @@ class Open:
     numerics_id: str
     layout: KvLayout
     transport: str
-    endpoint: bytes = b""
+    endpoint: bytes = field(default=b"", repr=False)
+    secret: bytes = field(default=b"", repr=False)
+    """Of the sender's process, told nowhere else: two transfers with it come from one process."""
 
 
 @dataclass(frozen=True, slots=True)

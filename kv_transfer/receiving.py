@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from kv_transfer.landing import Landing
 from kv_transfer.leases import COPY_WAIT_SECONDS, CommitResult, Lease, LeaseTable
 from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
+from kv_transfer.peers import NOBODY, Identity, SenderTable
 from kv_transfer.plan import TransferPlan, plan_transfer
 from kv_transfer.pool import PoolMemory
 from kv_transfer.sending import WINDOW
@@ -29,6 +30,7 @@ class Receiver:
     numerics_id: str
     transports: Mapping[str, TargetTransport] = field(default_factory=dict)
     """By name, best first."""
+    senders: SenderTable = field(default_factory=SenderTable)
     copy_wait_seconds: float = COPY_WAIT_SECONDS
     """How long a copy waits for one of an earlier attempt."""
     convert_dtype: bool = False
@@ -55,9 +57,10 @@ class ReceiveSession:
     Messages in order from one thread at a time; `copy` from any, several at once.
     """
 
-    def __init__(self, receiver: Receiver, window: int = WINDOW) -> None:
-        """`window`: most offers that are planned and not copied."""
+    def __init__(self, receiver: Receiver, window: int = WINDOW, identity: Identity = NOBODY) -> None:
+        """`window`: most offers that are planned and not copied. `identity`: who opened the stream."""
         self._receiver = receiver
+        self._identity = identity
         self._window = window
         self._lock = threading.Lock()
         self._lease: Lease | None = None
@@ -80,13 +83,15 @@ class ReceiveSession:
         """Check who it is and take the attempt. Connects to the sender's pool, so it may block: use a worker thread.
 
         Raises StaleError (incarnation, attempt), IncompatibleError (model, numerics, layout, transport),
-        NotFoundError (lease), and what `TargetTransport.connect` raises.
+        NotFoundError (lease), PermissionDeniedError (another sender's incarnation or endpoint), and what
+        `TargetTransport.connect` raises.
         """
         if self._lease is not None:
             raise InvalidRequestError("a second Open in one transfer", field="event")
         here, transport = self._receiver, self._check_open(message)
         self._plan = plan_transfer(message.layout, here.layout)
         lease = self._receiver.leases.get(message.lease_id)
+        self._receiver.senders.check(self._identity, message)
         lease.begin(message.attempt)
         self._lease, self._attempt = lease, message.attempt
         self._next_token = lease.needed_start
@@ -97,6 +102,8 @@ class ReceiveSession:
         if closed:
             view.close()
             raise StaleError("the transfer ended while it connected", reason="TRANSFER_OVER")
+        # Only now: what nobody could connect to must not stand against the real sender.
+        self._receiver.senders.bind(self._identity, message)
         return Opened(lease.needed_start, lease.needed_end, here.layout.block_size)
 
     def _check_open(self, message: Open) -> TargetTransport:

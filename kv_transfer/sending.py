@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
+from kv_transfer.peers import SECRET_BYTES
 from kv_transfer.transport import SourceTransport
 from tandem.errors import InternalError, InvalidRequestError, StaleError
 from tandem.kv_layout import KvLayout
@@ -24,6 +26,8 @@ class Sender:
     model_id: str
     numerics_id: str
     layout: KvLayout
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(SECRET_BYTES), repr=False)
+    """See `Open.secret`."""
 
 
 class SendSession:
@@ -74,6 +78,7 @@ class SendSession:
             layout=sender.layout,
             transport=self._transport.name,
             endpoint=self._transport.endpoint(),
+            secret=sender.secret,
         )
 
     def on_opened(self, opened: Opened) -> None:

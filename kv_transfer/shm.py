@@ -1,7 +1,8 @@
 """Transport within one host: the reader maps the sender's pool read-only and copies straight into its own.
 
 Life of a source: made with a SharedPool -> listens on an abstract Unix socket (nothing named in the filesystem) ->
-gives each connection of its own user one message: greeting and the pool's descriptor -> `close()`.
+gives each connection of its own user that knows the endpoint's secret (`shm_handshake`) one message: greeting and the
+pool's descriptor -> `close()`.
 Life of a map in the target: first `connect` to an incarnation -> shared by all its transfers -> dropped when the
 connection ends, that is when the source closes or dies by whatever means. Memory is unmapped when the last view or
 copy lets go of it: a copy that runs while the source dies still reads valid memory.
@@ -20,23 +21,36 @@ import socket
 import struct
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from kv_transfer.memory import PoolReader
 from kv_transfer.pool import HEADER, MAGIC, MAX_POOL_BYTES, PoolMemory, PoolView, SharedPool
+from kv_transfer.shm_handshake import LONGEST_MESSAGE, SECRET_BYTES, ReaderHandshake, SourceHandshake
 from kv_transfer.watcher import SocketWatcher
-from tandem.errors import ConfigError, IncompatibleError, InvalidRequestError, StaleError, UnavailableError
+from tandem.errors import (
+    ConfigError,
+    IncompatibleError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    StaleError,
+    UnavailableError,
+)
 from tandem.kv_layout import KvLayout
 
-_ENDPOINT_MAGIC = b"tandem-shm-1:"
+_ENDPOINT_MAGIC = b"tandem-shm-2:"
 _NAME_DIGITS = 32
+_SECRET_DIGITS = 2 * SECRET_BYTES
 _GREETING_MAGIC = b"TNDMSHM1"
 _MAX_INCARNATION = 256
 _MAX_READERS = 256
+_MAX_UNPROVEN = 16
+"""Connections that have not finished the handshake; a newcomer drives the oldest out."""
 _CONNECT_SECONDS = 3.0
 _NO_DESCRIPTOR_PAUSE_SECONDS = 0.05
 _SOCKET_TYPE = socket.SOCK_SEQPACKET
 _CREDENTIALS = struct.Struct("3i")
+_HEXADECIMAL = frozenset(b"0123456789abcdef")
 
 
 class ShmSource:
@@ -55,6 +69,9 @@ class ShmSource:
         self.incarnation = incarnation
         self._shared = pool
         self._name = secrets.token_hex(_NAME_DIGITS // 2)
+        self._secret = secrets.token_bytes(SECRET_BYTES)
+        self._unproven: OrderedDict[socket.socket, SourceHandshake] = OrderedDict()
+        """Of the watcher's thread alone."""
         self._watcher = SocketWatcher("kv-shm-source")
         self._listener = socket.socket(socket.AF_UNIX, _SOCKET_TYPE)
         try:
@@ -67,8 +84,8 @@ class ShmSource:
             raise ConfigError(f"can't listen for readers of shared memory: {error}") from error
 
     def endpoint(self) -> bytes:
-        """Version and random name of the socket."""
-        return _ENDPOINT_MAGIC + self._name.encode()
+        """Version, random name of the socket, secret of the handshake."""
+        return _ENDPOINT_MAGIC + self._name.encode() + self._secret.hex().encode()
 
     def offer_payload(self, blocks: Sequence[int]) -> tuple[bytes, tuple[int, ...]]:
         """Nothing rides in the stream."""
@@ -76,7 +93,7 @@ class ShmSource:
 
     @property
     def readers(self) -> int:
-        """Connections now."""
+        """Connections now, in the handshake or through it."""
         return max(0, len(self._watcher) - 1)
 
     def close(self) -> None:
@@ -96,12 +113,34 @@ class ShmSource:
                 connection.close()
                 return
             connection.setblocking(False)
-            socket.send_fds(connection, [_GREETING_MAGIC + self.incarnation.encode()], [self._shared.read_only_fd])
-            # A reader has nothing to say: readable means that it ended (or misbehaves).
-            self._watcher.watch(connection, lambda: self._watcher.forget(connection))
-        except (OSError, ConfigError):
-            # The reader went away again, the pool is closing, or the system can't watch one more.
+            if self._watcher.watch(connection, lambda: self._on_readable(connection)):
+                self._unproven[connection] = SourceHandshake(self._secret)
+        except OSError:
+            # The reader went away again, or the system can't watch one more.
             connection.close()
+        if len(self._unproven) > _MAX_UNPROVEN:
+            self._forget(next(iter(self._unproven)))
+
+    def _on_readable(self, connection: socket.socket) -> None:
+        """A step of the handshake. A reader that is through it has nothing to say: it ended, or misbehaves."""
+        handshake = self._unproven.get(connection)
+        if handshake is None:
+            self._forget(connection)
+            return
+        try:
+            answer = handshake.answer(connection.recv(LONGEST_MESSAGE + 1))
+            if answer:
+                connection.send(answer)
+            if handshake.proven:
+                del self._unproven[connection]
+                socket.send_fds(connection, [_GREETING_MAGIC + self.incarnation.encode()], [self._shared.read_only_fd])
+        except (OSError, ConfigError, PermissionDeniedError):
+            # It went away, knows no secret, or the pool is closing.
+            self._forget(connection)
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._unproven.pop(connection, None)
+        self._watcher.forget(connection)
 
 
 class ShmTarget:
@@ -122,20 +161,20 @@ class ShmTarget:
 
     def connect(self, endpoint: bytes, source_incarnation: str, layout: KvLayout) -> PoolReader:
         """See `TargetTransport.connect`."""
-        name = _parse_endpoint(endpoint)
+        name, secret = _parse_endpoint(endpoint)
         key = (endpoint, source_incarnation)
         with self._lock:
             pool = self._pools.get(key)
         if pool is None:
-            pool = self._open(name, key)
+            pool = self._open(name, secret, key)
         if pool.block_bytes != layout.block_bytes:
             raise IncompatibleError(f"the sender's pool has blocks of {pool.block_bytes} bytes, not {layout}")
         return PoolReader(pool)
 
-    def _open(self, name: str, key: tuple[bytes, str]) -> PoolMemory:
+    def _open(self, name: str, secret: bytes, key: tuple[bytes, str]) -> PoolMemory:
         connection = socket.socket(socket.AF_UNIX, _SOCKET_TYPE)
         try:
-            pool = _receive_pool(connection, name, key[1])
+            pool = _receive_pool(connection, name, secret, key[1])
         except BaseException:
             connection.close()
             raise
@@ -226,23 +265,30 @@ def _address(name: str) -> bytes:
     return b"\0tandem-kv-" + name.encode()
 
 
-def _parse_endpoint(endpoint: bytes) -> str:
-    """The socket's name. Only our own kind of name: a peer must not choose what this process connects to."""
-    name = endpoint.removeprefix(_ENDPOINT_MAGIC)
-    if len(endpoint) != len(_ENDPOINT_MAGIC) + _NAME_DIGITS or len(name) != _NAME_DIGITS:
+def _parse_endpoint(endpoint: bytes) -> tuple[str, bytes]:
+    """The socket's name and the secret. Only our own kind of name: a peer must not choose what this process connects
+    to.
+    """
+    digits = endpoint.removeprefix(_ENDPOINT_MAGIC)
+    size = _NAME_DIGITS + _SECRET_DIGITS
+    if len(endpoint) != len(_ENDPOINT_MAGIC) + size or len(digits) != size or not set(digits) <= _HEXADECIMAL:
         raise InvalidRequestError("malformed endpoint for transport shm", field="open.endpoint")
-    if not set(name) <= set(b"0123456789abcdef"):
-        raise InvalidRequestError("malformed endpoint for transport shm", field="open.endpoint")
-    return name.decode()
+    return digits[:_NAME_DIGITS].decode(), bytes.fromhex(digits[_NAME_DIGITS:].decode())
 
 
-def _receive_pool(connection: socket.socket, name: str, incarnation: str) -> PoolView:
-    """Connect, check who is there, take the descriptor, map it."""
+def _receive_pool(connection: socket.socket, name: str, secret: bytes, incarnation: str) -> PoolView:
+    """Connect, check who is there, prove who is here, take the descriptor, map it."""
+    handshake = ReaderHandshake(secret)
     connection.settimeout(_CONNECT_SECONDS)
     try:
         connection.connect(_address(name))
         if peer_uid(connection) != os.geteuid():
             raise IncompatibleError("the sender runs as another user", reason="PEER_CREDENTIALS")
+        connection.send(handshake.hello())
+        challenge = connection.recv(LONGEST_MESSAGE + 1)
+        if not challenge:
+            raise UnavailableError("the sender ended the connection", reason="SOURCE_GONE")
+        connection.send(handshake.proof(challenge))
         greeting, fds, _, _ = socket.recv_fds(connection, len(_GREETING_MAGIC) + _MAX_INCARNATION, 4)
     except OSError as error:
         raise UnavailableError(f"the sender can't be reached on this host: {error}", reason="SOURCE_GONE") from error

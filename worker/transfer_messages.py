@@ -20,6 +20,7 @@ def open_to_pb(message: Open) -> pb.TransferRequest:
         layout=wire.layout_to_pb(message.layout),
         transport=message.transport,
         endpoint=message.endpoint,
+        source_secret=message.secret,
     )
     return pb.TransferRequest(open=opening)
 
@@ -36,6 +37,7 @@ def open_from_pb(message: pb.TransferOpen) -> Open:
         layout=wire.layout_from_pb(message.layout),
         transport=message.transport,
         endpoint=message.endpoint,
+        secret=message.source_secret,
     )
 
 

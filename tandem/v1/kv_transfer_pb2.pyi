@@ -32,6 +32,7 @@ class TransferOpen(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
+    SOURCE_SECRET_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     attempt: _builtins.int
     source_incarnation: _builtins.str
@@ -44,6 +45,10 @@ class TransferOpen(_message.Message):
     """shm or grpc."""
     endpoint: _builtins.bytes
     """Where the receiver finds the sender's pool; empty when the bytes ride in the stream."""
+    source_secret: _builtins.bytes
+    """Random, of the sender's process, told in this message alone: transfers with one secret come from one process. The receiver
+    takes an incarnation's later transfers only with the same secret and the same endpoints.
+    """
     @_builtins.property
     def layout(self) -> _types_pb2.KvLayout: ...
     def __init__(
@@ -58,10 +63,11 @@ class TransferOpen(_message.Message):
         layout: _types_pb2.KvLayout | None = ...,
         transport: _builtins.str = ...,
         endpoint: _builtins.bytes = ...,
+        source_secret: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "endpoint", b"endpoint", "layout", b"layout", "lease_id", b"lease_id", "model_id", b"model_id", "numerics_id", b"numerics_id", "source_incarnation", b"source_incarnation", "target_incarnation", b"target_incarnation", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "endpoint", b"endpoint", "layout", b"layout", "lease_id", b"lease_id", "model_id", b"model_id", "numerics_id", b"numerics_id", "source_incarnation", b"source_incarnation", "source_secret", b"source_secret", "target_incarnation", b"target_incarnation", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,6 +26,7 @@ from tandem.record import OutputState, Record, SamplingParams, StopRules, TokenD
 from tandem.service import wire
 from tandem.service.channel import open_channel
 from tandem.service.metrics import Metrics
+from tandem.service.tls import ChannelTls, Tls
 from tandem.v1 import decode_pb2, decode_pb2_grpc, kv_transfer_pb2_grpc
 from worker.identity import WorkerIdentity
 from worker.transfer_messages import commit_to_pb, offer_to_pb, open_to_pb
@@ -293,6 +294,8 @@ class Rig:
     channel: grpc.aio.Channel
     metrics: Metrics
     address: str
+    transfer_channel: grpc.aio.Channel | None = None
+    """Where prefill workers come from, if not from the gateway's channel."""
 
     @property
     def decode(self) -> Any:
@@ -300,7 +303,7 @@ class Rig:
 
     @property
     def transfers(self) -> Any:
-        return kv_transfer_pb2_grpc.KvTransferServiceStub(self.channel)
+        return kv_transfer_pb2_grpc.KvTransferServiceStub(self.transfer_channel or self.channel)
 
     async def call(self, record: Record, *, local: bool = True, **fields: Any) -> Call:
         return await Call(self, record, local=local, **fields).open()
@@ -320,7 +323,13 @@ class Rig:
 
 @asynccontextmanager
 async def running_rig(
-    *, num_blocks: int = 64, pace: float = 0.0, stream_limit: int = 4096, runner: StepRunner | None = None
+    *,
+    num_blocks: int = 64,
+    pace: float = 0.0,
+    stream_limit: int = 4096,
+    runner: StepRunner | None = None,
+    tls: Tls | None = None,
+    gateway: ChannelTls | None = None,
 ) -> AsyncIterator[Rig]:
     engine: Any = runner or PacedRunner(num_blocks, pace)
     blocks = getattr(engine, "buffer", None) or memoryview(bytearray(num_blocks * LAYOUT.block_bytes))
@@ -345,9 +354,9 @@ async def running_rig(
         max_step_tokens=16, max_sequences=16, max_context=4096, vocab_size=VOCAB, eos_token_ids=(0,), model_id=MODEL
     )
     metrics = Metrics("decode")
-    assembly = assemble(Parts(identity, config, engine, blocks, stream_limit=stream_limit), "127.0.0.1:0", metrics)
+    assembly = assemble(Parts(identity, config, engine, blocks, stream_limit=stream_limit), "127.0.0.1:0", metrics, tls)
     address = await assembly.start()
-    channel = open_channel(address)
+    channel = open_channel(address, tls=gateway)
     try:
         yield Rig(assembly, engine, channel, metrics, address)
     finally:

@@ -25,11 +25,13 @@ from kv_transfer import shm
 from kv_transfer.messages import Offer
 from kv_transfer.pool import HEADER, MAGIC, LocalPool, SharedPool
 from kv_transfer.shm import ShmSource, ShmTarget, map_pool, peer_uid
+from kv_transfer.shm_handshake import ReaderHandshake, SourceHandshake
 from kv_transfer.watcher import SocketWatcher
 from tandem.errors import (
     ConfigError,
     IncompatibleError,
     InvalidRequestError,
+    PermissionDeniedError,
     StaleError,
     TandemError,
     UnavailableError,
@@ -331,9 +333,9 @@ def test_a_source_survives_a_reader_that_it_cannot_watch(
         return plain(self)
 
     monkeypatch.setattr(SocketWatcher, "_start", start)
-    # The descriptor was on its way already; the target notices that the connection has ended.
-    target.connect(source.endpoint(), "s", LAYOUT)
-    eventually(lambda: target.sources == 0)
+    with pytest.raises(UnavailableError) as caught:
+        target.connect(source.endpoint(), "s", LAYOUT)
+    assert (caught.value.reason, target.sources) == ("SOURCE_GONE", 0)
     assert target.connect(source.endpoint(), "s", LAYOUT)
     eventually(lambda: source.readers == 1)
     assert target.sources == 1
@@ -401,13 +403,14 @@ def test_another_user_is_refused_at_either_end(
     "endpoint",
     [
         b"",
-        b"tandem-shm-1:",
-        b"tandem-shm-1:" + b"A" * 32,
-        b"tandem-shm-1:" + b"0" * 33,
+        b"tandem-shm-2:",
+        b"tandem-shm-2:" + b"A" * 96,
         b"tandem-shm-2:" + b"0" * 32,
-        b"0" * 45,
-        b"tandem-shm-1:../../../../../../../../../../",
-        b"tandem-shm-1:" + b"0" * 31 + b"\0",
+        b"tandem-shm-2:" + b"0" * 97,
+        b"tandem-shm-1:" + b"0" * 96,
+        b"0" * 109,
+        b"tandem-shm-2:" + b"../" * 32,
+        b"tandem-shm-2:" + b"0" * 95 + b"\0",
     ],
     ids=repr,
 )
@@ -421,11 +424,11 @@ def test_malformed_endpoints(target: ShmTarget, endpoint: bytes) -> None:
 
 
 class Liar:
-    """Listens like a source and answers each connection with `greeting` and `fds`."""
+    """Listens like a source, goes through the handshake and answers with `greeting` and `fds`."""
 
     def __init__(self, greeting: bytes | None, fds: list[int]) -> None:
-        name = secrets.token_hex(16)
-        self.endpoint = b"tandem-shm-1:" + name.encode()
+        name, self.secret = secrets.token_hex(16), secrets.token_bytes(32)
+        self.endpoint = b"tandem-shm-2:" + name.encode() + self.secret.hex().encode()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(b"\0tandem-kv-" + name.encode())
         self.listener.listen(1)
@@ -437,6 +440,10 @@ class Liar:
         connection, _ = self.listener.accept()
         self.connections.append(connection)
         if greeting is not None:
+            handshake = SourceHandshake(self.secret)
+            connection.send(handshake.answer(connection.recv(1000)))
+            handshake.answer(connection.recv(1000))
+            assert handshake.proven
             socket.send_fds(connection, [greeting], fds)
 
     def close(self) -> None:
@@ -549,17 +556,90 @@ def test_what_the_reader_maps_is_read_only(shared: SharedPool) -> None:
     assert view.generations.readonly
 
 
+def dial(source: ShmSource) -> tuple[socket.socket, bytes]:
+    """A connection to a source, and the secret."""
+    digits = source.endpoint().removeprefix(b"tandem-shm-2:")
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(10)
+    connection.connect(b"\0tandem-kv-" + digits[:32])
+    return connection, bytes.fromhex(digits[32:].decode())
+
+
+def is_cut_off(connection: socket.socket) -> bool:
+    """Nothing comes but the end; closes the connection."""
+    with connection, contextlib.suppress(ConnectionResetError):
+        return connection.recv(1000) == b""
+    return True
+
+
 def test_a_reader_that_speaks_is_cut_off(shared: SharedPool, target: ShmTarget) -> None:
     source = ShmSource(shared, "s")
-    rude = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    rude.settimeout(10)
-    rude.connect(b"\0tandem-kv-" + source.endpoint().removeprefix(b"tandem-shm-1:"))
-    assert rude.recv(100) == b"TNDMSHM1s"
+    rude, secret = dial(source)
+    handshake = ReaderHandshake(secret)
+    rude.send(handshake.hello())
+    rude.send(handshake.proof(rude.recv(1000)))
+    greeting, fds, _, _ = socket.recv_fds(rude, 100, 1)
+    assert (greeting, len(fds)) == (b"TNDMSHM1s", 1)
+    os.close(fds[0])
     rude.send(struct.pack("<Q", 1))
-    with pytest.raises(ConnectionResetError):
-        rude.recv(100)
+    assert is_cut_off(rude)
     assert target.connect(source.endpoint(), "s", LAYOUT)
-    rude.close()
+    source.close()
+
+
+@pytest.mark.parametrize("words", ["nothing first", "no hello", "a wrong proof", "its own challenge", "a cut proof"])
+def test_a_reader_without_the_secret_gets_no_descriptor(shared: SharedPool, target: ShmTarget, words: str) -> None:
+    """A process of the same user that found the socket's name: it is cut off, others are served."""
+    source = ShmSource(shared, "s")
+    connection, secret = dial(source)
+    handshake = ReaderHandshake(secrets.token_bytes(32) if words == "a wrong proof" else secret)
+    if words == "no hello":
+        connection.send(b"TNDMSHM1s")
+    elif words != "nothing first":
+        connection.send(handshake.hello())
+        challenge = connection.recv(1000)
+        if words == "its own challenge":
+            connection.send(b"TNDMPRF1" + challenge[-32:])
+        elif words == "a cut proof":
+            connection.send(handshake.proof(challenge)[:-1])
+        else:
+            with pytest.raises(PermissionDeniedError, match="doesn't know its own secret"):
+                handshake.proof(challenge)
+            connection.send(b"TNDMPRF1" + secrets.token_bytes(32))
+    assert words == "nothing first" or is_cut_off(connection)
+    assert target.connect(source.endpoint(), "s", LAYOUT)
+    connection.close()
+    source.close()
+
+
+def test_another_process_at_the_sockets_name_is_found_out(target: ShmTarget) -> None:
+    """It can listen there once the source is gone, but it doesn't know the secret: nothing is mapped."""
+    liar = Liar(b"TNDMSHM1s", [memfd()])
+    liar.secret = secrets.token_bytes(32)
+    before = threading.excepthook
+    threading.excepthook = lambda _: None  # the liar's thread is cut off in the middle
+    try:
+        with pytest.raises(PermissionDeniedError) as caught:
+            target.connect(liar.endpoint, "s", LAYOUT)
+        liar.close()
+    finally:
+        threading.excepthook = before
+    assert caught.value.reason == "SHM_HANDSHAKE"
+    assert target.sources == 0
+
+
+def test_idlers_in_the_handshake_are_bounded(
+    shared: SharedPool, target: ShmTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever connects and says nothing gives way to those who come later."""
+    monkeypatch.setattr(shm, "_MAX_UNPROVEN", 2)
+    source = ShmSource(shared, "s")
+    idlers = [dial(source)[0] for _ in range(5)]
+    assert all(is_cut_off(idler) for idler in idlers[:3])
+    assert target.connect(source.endpoint(), "s", LAYOUT)
+    for idler in idlers[3:]:
+        idler.close()
+    eventually(lambda: source.readers == 1)
     source.close()
 
 

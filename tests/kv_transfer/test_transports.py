@@ -67,7 +67,7 @@ def test_views_are_independent(ends: Any, tools: Any) -> None:
     assert tools.read(ends.target_pool, 1) == sent
 
 
-@pytest.mark.parametrize("endpoint", [b"x", b"\x00" * 16, b"tandem-shm-1:" + b"g" * 32, b"\xff" * 1000])
+@pytest.mark.parametrize("endpoint", [b"x", b"\x00" * 16, b"tandem-shm-2:" + b"g" * 96, b"\xff" * 1000])
 def test_malformed_endpoints(ends: Any, endpoint: bytes) -> None:
     if ends.target.name == "memory" and len(endpoint) == 16:
         endpoint += b"y"

@@ -1,0 +1,139 @@
+"""Whose a sender's addresses are: an incarnation, with its endpoints, belongs to whoever first opened a transfer as it.
+
+Life of an entry: the first transfer of an incarnation that could connect binds it (`bind`) -> every later one must be
+opened with a certificate of the same names, with the same secret of the process and, for each transport, with the same
+endpoint (`check`) -> the entry goes when MOST_SENDERS others have been used since.
+
+So a sender can't have the receiver read from an address that is another's, and one that was seen stays what it is. A
+certificate may be renewed while a process lives: another fingerprint is the same sender's when the names and the secret
+are. Without a secret (a sender of an earlier version) the fingerprint must stay.
+
+**Endpoints are compared byte by byte**, and nothing here knows what they mean. A transport therefore makes its endpoint
+once and gives these very bytes for the life of its incarnation: metadata that could be written in another order, or
+that grows with later registrations, has to be frozen when the source is made.
+
+Every failure is a PermissionDeniedError with reason PEER_MISMATCH.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from kv_transfer.messages import Open
+from tandem.errors import InvalidRequestError, PermissionDeniedError
+
+MOST_SENDERS = 4096
+MAX_ENDPOINT_BYTES = 256 << 10
+SECRET_BYTES = 32
+LEAST_SECRET_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who opened a transfer, by the certificate: its names and its fingerprint. Both are empty without TLS."""
+
+    names: frozenset[str] = frozenset()
+    fingerprint: str = ""
+
+
+NOBODY = Identity()
+
+
+@dataclass(slots=True)
+class _Sender:
+    identity: Identity
+    secret: bytes = field(repr=False)
+    """SHA-256 of the secret, or empty."""
+    endpoints: dict[str, bytes] = field(default_factory=dict)
+    """SHA-256 of the endpoint by transport."""
+
+
+class SenderTable:
+    """The senders that one receiver has seen. Thread-safe."""
+
+    def __init__(self, most: int = MOST_SENDERS) -> None:
+        """`most`: entries kept; the one used longest ago goes first."""
+        self._most = most
+        self._lock = threading.Lock()
+        self._senders: OrderedDict[str, _Sender] = OrderedDict()
+        self._owners: dict[tuple[str, bytes], str] = {}
+
+    def __len__(self) -> int:
+        """Incarnations known."""
+        return len(self._senders)
+
+    def check(self, identity: Identity, opening: Open) -> None:
+        """Before anything is connected: raises PermissionDeniedError unless the opening is what is known of its sender.
+
+        InvalidRequestError for an endpoint or a secret of a size that none has.
+        """
+        _check_sizes(opening)
+        with self._lock:
+            self._check(identity, opening)
+
+    def bind(self, identity: Identity, opening: Open) -> None:
+        """After the connection: from now on the sender is this. Raises as `check` does."""
+        endpoint = _digest(opening.endpoint)
+        with self._lock:
+            self._check(identity, opening)
+            sender = self._senders.get(opening.source_incarnation)
+            if sender is None:
+                sender = self._senders[opening.source_incarnation] = _Sender(identity, _digest(opening.secret))
+            sender.identity = identity
+            sender.endpoints[opening.transport] = endpoint
+            if opening.endpoint:
+                self._owners[opening.transport, endpoint] = opening.source_incarnation
+            self._senders.move_to_end(opening.source_incarnation)
+            self._forget_oldest()
+
+    def _check(self, identity: Identity, opening: Open) -> None:
+        endpoint = _digest(opening.endpoint)
+        owner = self._owners.get((opening.transport, endpoint)) if opening.endpoint else None
+        if owner is not None and owner != opening.source_incarnation:
+            raise _mismatch(opening, f"presents the {opening.transport} endpoint of incarnation {owner!r}")
+        sender = self._senders.get(opening.source_incarnation)
+        if sender is None:
+            return
+        if identity.names != sender.identity.names:
+            raise _mismatch(opening, f"came with a certificate of {_names(sender.identity)}, now of {_names(identity)}")
+        if not hmac.compare_digest(sender.secret, _digest(opening.secret)):
+            raise _mismatch(opening, "is another process's: the secret differs")
+        if not opening.secret and identity.fingerprint != sender.identity.fingerprint:
+            raise _mismatch(
+                opening, "came with another certificate, and without a secret that would tell a renewed one"
+            )
+        known = sender.endpoints.get(opening.transport)
+        if known is not None and not hmac.compare_digest(known, endpoint):
+            raise _mismatch(opening, f"had another endpoint for {opening.transport} before")
+
+    def _forget_oldest(self) -> None:
+        while len(self._senders) > self._most:
+            incarnation, sender = self._senders.popitem(last=False)
+            for item in sender.endpoints.items():
+                if self._owners.get(item) == incarnation:
+                    del self._owners[item]
+
+
+def _check_sizes(opening: Open) -> None:
+    if len(opening.endpoint) > MAX_ENDPOINT_BYTES:
+        raise InvalidRequestError(f"an endpoint has at most {MAX_ENDPOINT_BYTES} bytes", field="open.endpoint")
+    if opening.secret and not LEAST_SECRET_BYTES <= len(opening.secret) <= 2 * SECRET_BYTES:
+        raise InvalidRequestError(
+            f"a secret has {LEAST_SECRET_BYTES} to {2 * SECRET_BYTES} bytes", field="open.source_secret"
+        )
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest() if data else b""
+
+
+def _names(identity: Identity) -> str:
+    return ", ".join(sorted(identity.names)) or "nobody"
+
+
+def _mismatch(opening: Open, what: str) -> PermissionDeniedError:
+    return PermissionDeniedError(f"sender {opening.source_incarnation[:64]!r} {what}", reason="PEER_MISMATCH")
