@@ -75,6 +75,12 @@ from tandem.supervisor.supervisor import Supervisor
     "--kv-dtype", metavar="TYPE", help="Number format of the KV cache: float32 or bf16.  [default: by --compute]"
 )
 @click.option("--block-size", type=int, metavar="TOKENS", help="Tokens a KV block.  [default: the workers']")
+@click.option(
+    "--prefill-block-size",
+    type=int,
+    metavar="TOKENS",
+    help="Tokens a KV block of prefill workers; decode converts.  [default: --block-size]",
+)
 @click.option("--num-blocks", type=int, metavar="N", help="KV blocks a worker.  [default: by memory]")
 @click.option("--kv-memory", type=int, metavar="BYTES", help="Memory of a worker's KV cache, in place of --num-blocks.")
 @click.option("--chunk-size", type=int, metavar="TOKENS", help="Prompt tokens a prefill step.  [default: the workers']")

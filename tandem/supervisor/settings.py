@@ -21,6 +21,7 @@ LAUNCHER = str(Path(__file__).with_name("launch.py"))
 
 LEAST: dict[str, int] = {
     "block_size": 1,
+    "prefill_block_size": 1,
     "num_blocks": 1,
     "kv_memory": 1,
     "chunk_size": 1,
@@ -48,6 +49,7 @@ class UpSettings:
     dtype: str | None = None
     kv_dtype: str | None = None
     block_size: int | None = None
+    prefill_block_size: int | None = None
     num_blocks: int | None = None
     kv_memory: int | None = None
     chunk_size: int | None = None
@@ -92,6 +94,7 @@ def check_count(role: str, count: int) -> None:
 
 def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
     """Flags of a prefill or decode worker."""
+    own_size = settings.prefill_block_size if role == "prefill" else None
     values: dict[str, object] = {
         "--model": settings.model,
         "--listen": "127.0.0.1:0",
@@ -99,7 +102,7 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--compute": settings.compute,
         "--dtype": settings.dtype,
         "--kv-dtype": settings.kv_dtype,
-        "--block-size": settings.block_size,
+        "--block-size": own_size or settings.block_size,
         "--num-blocks": settings.num_blocks,
         "--kv-memory": settings.kv_memory,
         "--chunk-size": settings.chunk_size,

@@ -92,7 +92,7 @@ async def test_starts_serves_and_stops_in_order(up: Up, fake_services: Path) -> 
 
 async def test_flags_reach_the_workers(up: Up, fake_services: Path) -> None:
     """Only flags that were given are passed, so that a worker's defaults hold."""
-    supervisor = up(compute="exact", block_size=32, prefix_cache=False, share_weights=False)
+    supervisor = up(compute="exact", block_size=32, prefill_block_size=16, prefix_cache=False, share_weights=False)
     await supervisor.start()
     (decode,) = events(fake_services, event="start", role="decode")
     flags = decode["argv"]
@@ -100,6 +100,8 @@ async def test_flags_reach_the_workers(up: Up, fake_services: Path) -> None:
     assert flags[flags.index("--block-size") + 1] == "32"
     assert {"--no-prefix-cache", "--no-share-weights"} <= set(flags)
     assert "--num-blocks" not in flags
+    (prefill,) = events(fake_services, event="start", role="prefill")
+    assert prefill["argv"][prefill["argv"].index("--block-size") + 1] == "16"
 
 
 async def test_dead_worker_comes_back(up: Up, fake_services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +311,7 @@ def test_settings_refuse_counts(changes: dict[str, int]) -> None:
     [
         ({"chunk_size": -5}, "--chunk-size: must be 1 or more, got -5"),
         ({"block_size": 0}, "--block-size: must be 1 or more, got 0"),
+        ({"prefill_block_size": 0}, "--prefill-block-size: must be 1 or more, got 0"),
         ({"drain_grace": -1.0}, "--drain-grace: must be 0 or more, got -1"),
         ({"drain_grace": float("nan")}, "--drain-grace: must be 0 or more, got nan"),
         ({"default_timeout": 0.0}, "--default-timeout: must be more than 0 seconds, got 0"),

@@ -1,0 +1,40 @@
+"""Prefill and decode pools of two block sizes, as real processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tandem.client import Client
+
+TALE = "Once upon a time there was a lighthouse keeper who wrote a letter to the sea every night. " * 6
+
+
+def _answers(stack: Any) -> list[list[int]]:
+    """Two prompts, the second with the first as its prefix, greedy and sampled; then a question."""
+    asked: list[dict[str, Any]] = [
+        {"prompt": TALE, "temperature": 0.0},
+        {"prompt": TALE + "One morning the sea answered:", "temperature": 0.8, "seed": 3},
+        {"prompt": TALE + "One morning the sea answered:", "temperature": 0.0},
+        {"prompt": "The capital of France is", "temperature": 0.0},
+    ]
+    with Client(stack.gateway) as client:
+        return [
+            list(client.generate(one.pop("prompt"), max_tokens=16, ignore_eos=True, **one).token_ids) for one in asked
+        ]
+
+
+def test_two_block_sizes_give_the_tokens_of_one_worker(start_stack: Any) -> None:
+    results = []
+    flags = ("--block-size", "32", "--local-prefill-threshold", "0")
+    for more in (("--prefill-block-size", "16"), ("--prefill", "0")):
+        stack = start_stack.start(*flags, *more)
+        try:
+            results.append(_answers(stack))
+            if "0" not in more:
+                assert stack.metric("prefill", "tandem_nixl_bytes_transferred_total") > 0
+                assert stack.metric("decode", "tandem_nixl_num_failed_transfers_total") == 0
+            assert stack.stop() == 0
+        finally:
+            stack.kill()
+    assert all(len(tokens) == 16 for tokens in results[0])
+    assert results[0] == results[1]
