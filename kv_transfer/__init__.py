@@ -13,7 +13,7 @@ No torch, no gRPC, no protobuf.
 
 `layout` says how bytes lie, `messages` what travels, `pool` where blocks live, `leases` who may write which blocks of
 the receiver and until when, `session` the order of messages, `transport` how bytes get across (memory.py, shm.py,
-grpc.py), `registry` which transport two workers use.
+nixl.py, grpc.py), `registry` which transport two workers use.
 """
 
 from __future__ import annotations

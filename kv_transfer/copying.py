@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from kv_transfer.messages import Offer
 from kv_transfer.pool import PoolMemory
 from tandem.errors import DataCorruptionError, InternalError, InvalidRequestError, StaleError
+
+PIECE_BYTES = 4 << 20
+"""Most bytes between two looks at `stop`: about a millisecond's copying."""
 
 
 def check_payload_free(offer: Offer) -> None:
@@ -18,12 +21,37 @@ def check_payload_free(offer: Offer) -> None:
         raise InvalidRequestError("this transport takes no bytes in the stream", field="offer.payload")
 
 
+def check_blocks(offer: Offer, num_blocks: int) -> None:
+    """Every offered block is one of the sender's `num_blocks` (InvalidRequestError)."""
+    for block in offer.blocks:
+        if not 0 <= block < num_blocks:
+            raise InvalidRequestError(f"block {block} of a pool of {num_blocks}", field="offer.blocks")
+
+
+def check_target(block_bytes: int, target: PoolMemory, blocks: Sequence[int]) -> None:
+    """`blocks` are the pool's, and hold what the sender's do (InternalError)."""
+    if block_bytes != target.block_bytes:
+        raise InternalError(f"blocks of {block_bytes} bytes can't go into blocks of {target.block_bytes}")
+    for block in blocks:
+        if not 0 <= block < target.num_blocks:
+            raise InternalError(f"target block {block} of a pool of {target.num_blocks}")
+
+
+def check_stop(stop: Callable[[], bool]) -> None:
+    """StaleError once the copy isn't wanted any more."""
+    if stop():
+        raise StaleError("the copy was stopped: its attempt is over", reason="TRANSFER_OVER")
+
+
 def check_generations(offer: Offer, source: PoolMemory) -> None:
     """Every offered block exists (else InvalidRequestError) and is still the one that was offered (else StaleError)."""
-    for block, generation in zip(offer.blocks, offer.generations, strict=True):
-        if not 0 <= block < source.num_blocks:
-            raise InvalidRequestError(f"block {block} of a pool of {source.num_blocks}", field="offer.blocks")
-        _check_generation(source, block, generation)
+    check_blocks(offer, source.num_blocks)
+    _check_generation(source, offer.blocks, offer.generations)
+
+
+def stale_block(block: int) -> StaleError:
+    """What a generation that changed means."""
+    return StaleError(f"block {block} was handed out again by the sender", reason="STALE_GENERATION")
 
 
 def copy_blocks(
@@ -33,15 +61,30 @@ def copy_blocks(
     target_blocks: Sequence[int],
     stop: Callable[[], bool],
 ) -> None:
-    """Copy block by block, generation checked before and after each. Raises InvalidRequestError, StaleError."""
+    """Copy run by run, generations checked before and after each. Raises InvalidRequestError, StaleError.
+
+    A run's blocks lie side by side in both pools.
+    """
     check_payload_free(offer)
     check_generations(offer, source)
-    size = _block_bytes(source.block_bytes, target)
-    for block, generation, into in zip(offer.blocks, offer.generations, target_blocks, strict=True):
-        _check_stop(stop)
-        _check_generation(source, block, generation)
-        copy_bytes(source.buffer[block * size : (block + 1) * size], target, into)
-        _check_generation(source, block, generation)
+    check_target(source.block_bytes, target, target_blocks)
+    size = source.block_bytes
+    for at, count in runs(offer.blocks, target_blocks, max(1, PIECE_BYTES // size)):
+        check_stop(stop)
+        blocks, generations = offer.blocks[at : at + count], offer.generations[at : at + count]
+        _check_generation(source, blocks, generations)
+        copy_bytes(source.buffer[blocks[0] * size : (blocks[0] + count) * size], target, target_blocks[at])
+        _check_generation(source, blocks, generations)
+
+
+def runs(blocks: Sequence[int], into: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of each stretch that is contiguous in both, at most `most` long."""
+    start = 0
+    for at in range(1, len(blocks) + 1):
+        ends = at == len(blocks) or at - start == most
+        if ends or blocks[at] != blocks[at - 1] + 1 or into[at] != into[at - 1] + 1:
+            yield start, at - start
+            start = at
 
 
 def copy_payload(
@@ -51,7 +94,8 @@ def copy_payload(
 
     Raises InvalidRequestError (sizes), DataCorruptionError (a checksum), StaleError (stopped).
     """
-    size, count = _block_bytes(block_bytes, target), len(offer.blocks)
+    check_target(block_bytes, target, target_blocks)
+    size, count = block_bytes, len(offer.blocks)
     if len(offer.payload) != count * size or len(offer.checksums) != count:
         raise InvalidRequestError(
             f"{len(offer.payload)} bytes and {len(offer.checksums)} checksums for {count} blocks of {size} bytes",
@@ -59,7 +103,7 @@ def copy_payload(
         )
     payload = memoryview(offer.payload)
     for i, (checksum, into) in enumerate(zip(offer.checksums, target_blocks, strict=True)):
-        _check_stop(stop)
+        check_stop(stop)
         piece = payload[i * size : (i + 1) * size]
         if zlib.crc32(piece) != checksum:
             raise DataCorruptionError(f"block {i} of offer {offer.sequence} has another checksum", reason="CHECKSUM")
@@ -67,25 +111,15 @@ def copy_payload(
 
 
 def copy_bytes(source: memoryview, target: PoolMemory, block: int) -> None:
-    """One block's bytes into a pool. numpy copies without the GIL; assigning to a memoryview slice would hold it."""
-    if not 0 <= block < target.num_blocks:
-        raise InternalError(f"target block {block} of a pool of {target.num_blocks}")
-    size = target.block_bytes
-    into = np.frombuffer(target.buffer, dtype=np.uint8, count=size, offset=block * size)
+    """Bytes of one or more whole blocks into a pool, from `block` on; checked by the caller.
+
+    numpy copies without the GIL; assigning to a memoryview slice would hold it.
+    """
+    into = np.frombuffer(target.buffer, dtype=np.uint8, count=source.nbytes, offset=block * target.block_bytes)
     np.copyto(into, np.frombuffer(source, dtype=np.uint8))
 
 
-def _check_generation(source: PoolMemory, block: int, generation: int) -> None:
-    if source.generations[block] != generation:
-        raise StaleError(f"block {block} was handed out again by the sender", reason="STALE_GENERATION")
-
-
-def _check_stop(stop: Callable[[], bool]) -> None:
-    if stop():
-        raise StaleError("the copy was stopped: its attempt is over", reason="TRANSFER_OVER")
-
-
-def _block_bytes(source_bytes: int, target: PoolMemory) -> int:
-    if source_bytes != target.block_bytes:
-        raise InternalError(f"blocks of {source_bytes} bytes can't go into blocks of {target.block_bytes}")
-    return source_bytes
+def _check_generation(source: PoolMemory, blocks: Sequence[int], generations: Sequence[int]) -> None:
+    for block, generation in zip(blocks, generations, strict=True):
+        if source.generations[block] != generation:
+            raise stale_block(block)

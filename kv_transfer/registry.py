@@ -6,8 +6,11 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
+from kv_transfer import nixl_agent
 from kv_transfer.grpc import GrpcSource, GrpcTarget
 from kv_transfer.memory import MemorySource, MemoryTarget
+from kv_transfer.nixl import NixlTarget
+from kv_transfer.nixl_source import NixlSource
 from kv_transfer.pool import PoolMemory
 from kv_transfer.shm import ShmSource, ShmTarget
 from kv_transfer.transport import SourceTransport, TargetTransport
@@ -16,15 +19,32 @@ from tandem.errors import ConfigError, IncompatibleError
 _SOURCES: dict[str, Callable[[PoolMemory, str], SourceTransport]] = {
     "memory": MemorySource,
     "shm": ShmSource,
+    "nixl": NixlSource,
     "grpc": GrpcSource,
 }
-_TARGETS: dict[str, Callable[[], TargetTransport]] = {"memory": MemoryTarget, "shm": ShmTarget, "grpc": GrpcTarget}
+_TARGETS: dict[str, Callable[[], TargetTransport]] = {
+    "memory": MemoryTarget,
+    "shm": ShmTarget,
+    "nixl": NixlTarget,
+    "grpc": GrpcTarget,
+}
 
 
 def available() -> list[str]:
     """Transports between processes that this machine can use, best first."""
     shared = sys.platform == "linux" and hasattr(socket, "SO_PEERCRED")
-    return ["shm", "grpc"] if shared else ["grpc"]
+    return [*(["shm"] if shared else []), *(["nixl"] if nixl_agent.installed() else []), "grpc"]
+
+
+def require(name: str) -> None:
+    """Raise ConfigError, with what to do, unless this machine can use the transport `name` now: for who asked for it.
+
+    With nixl it starts an agent and ends it.
+    """
+    if name == NixlSource.name:
+        nixl_agent.NixlAgent("check").close()
+    if name not in (here := available()):
+        raise ConfigError(f"transport {name!r} is not available here; available are {', '.join(here)}")
 
 
 def source_transport(name: str, pool: PoolMemory, incarnation: str) -> SourceTransport:

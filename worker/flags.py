@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from kv_transfer.registry import available
+from kv_transfer.registry import available, require
 from tandem.errors import ConfigError
 from tandem.service import address as addresses
 from tandem.service.logging import LEVELS
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         add("--kv-memory", type=int, metavar="BYTES", help="memory of the KV cache")
         add("--chunk-size", type=int, metavar="TOKENS", help=chunk)
         add("--max-sequences", type=int, metavar="N", help=sequences)
-        add("--transport", metavar="NAME", help="shm or grpc; default: whatever this machine can, best first")
+        add("--transport", metavar="NAME", help="shm, nixl or grpc; default: whatever this machine can, best first")
         add("--no-prefix-cache", action="store_true", help="keep no blocks of finished requests")
         add(
             "--no-share-weights",
@@ -102,6 +102,8 @@ def _transports(wanted: str | None) -> tuple[str, ...]:
     here = available()
     if wanted is None:
         return tuple(here)
-    if wanted not in here:
-        raise ConfigError(f"--transport: {wanted!r} is not available here; available are {', '.join(here)}")
+    try:
+        require(wanted)
+    except ConfigError as exc:
+        raise ConfigError(f"--transport: {exc.message}") from exc
     return tuple(here[here.index(wanted) :])

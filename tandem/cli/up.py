@@ -62,7 +62,7 @@ from tandem.supervisor.supervisor import Supervisor
 @click.option(
     "--transport",
     type=click.Choice(["shm", "grpc", "nixl"]),
-    help="How KV blocks travel; nixl is not there yet.  [default: the best that is here]",
+    help="How KV blocks travel; nixl needs its wheel (docs/operations.md).  [default: the best that is here]",
 )
 @click.option(
     "--compute",

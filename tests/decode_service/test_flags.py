@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from decode_service.__main__ import main
 from decode_service.flags import parse_flags
+from kv_transfer import nixl_agent
 from tandem.errors import ConfigError
 
 
@@ -24,9 +26,18 @@ def test_defaults_and_values() -> None:
     assert "grpc" in flags.transports
 
 
-def test_grpc_leaves_shared_memory_out() -> None:
-    assert parse_flags(["--model", "m", "--transport", "grpc"]).transports == ("grpc",)
-    assert parse_flags(["--model", "m", "--transport", "shm"]).transports == ("shm", "grpc")
+def test_a_transport_leaves_the_better_ones_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_agent, "installed", lambda: True)
+    monkeypatch.setattr(nixl_agent, "NixlAgent", Mock())
+    for transports in (("shm", "nixl", "grpc"), ("nixl", "grpc"), ("grpc",)):
+        assert parse_flags(["--model", "m", "--transport", transports[0]]).transports == transports
+
+
+def test_nixl_without_its_wheel_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_agent, "PACKAGES", ("no_such_nixl",))
+    with pytest.raises(ConfigError, match=r"--transport: .*pip install --no-deps nixl-cu12"):
+        parse_flags(["--model", "m", "--transport", "nixl"])
+    assert "nixl" not in parse_flags(["--model", "m"]).transports
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kv_transfer import nixl_agent
 from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.messages import Commit, Committed, Opened
 from kv_transfer.pool import LocalPool, PoolMemory, SharedPool
@@ -25,6 +26,18 @@ if _HERE not in sys.path:  # helper modules: importlib mode leaves sys.path alon
 
 LAYOUT = KvLayout(block_size=4, dtype="float32", num_layers=2, num_kv_heads=3, head_dim=8)
 NUM_BLOCKS = 32
+
+# Helper modules are imported under their own names (importlib mode leaves sys.path alone).
+_HERE = str(Path(__file__).parent)
+if _HERE not in sys.path:
+    sys.path.insert(0, _HERE)
+
+import fake_nixl  # noqa: E402
+
+NIXL = ["nixl-fake", *(["nixl-real"] if nixl_agent.installed() else [])]
+"""The real agent wherever its wheel is installed; a test of test_nixl.py says in its name which it is."""
+MAPPED = ["memory", "shm"]
+ALL = [*MAPPED, "grpc", *NIXL]
 
 
 def fill(pool: PoolMemory, block: int, value: int) -> bytes:
@@ -108,7 +121,8 @@ class Ends:
         return send.on_committed(answer)
 
 
-def make_ends(name: str, **changes: int) -> Ends:
+def make_ends(variant: str, **changes: int) -> Ends:
+    name = variant.split("-")[0]
     layout = replace(LAYOUT, **changes)
     pool_type: Callable[[int, int], PoolMemory] = SharedPool if name == "shm" else LocalPool
     source_pool = pool_type(NUM_BLOCKS, layout.block_bytes)
@@ -134,20 +148,41 @@ def close_ends(ends: Ends) -> None:
         ends.source_pool.close()
 
 
-@pytest.fixture(params=["memory", "shm", "grpc"])
-def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
+def use_fake_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nixl_agent, "installed", lambda: True)
+    monkeypatch.setattr(nixl_agent, "load", lambda: fake_nixl)
+
+
+def _made(variant: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    if variant == "nixl-fake":
+        use_fake_nixl(monkeypatch)
+    made = make_ends(variant)
+    yield made
+    close_ends(made)
+
+
+@pytest.fixture(params=ALL)
+def ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
     """Two workers, once per transport."""
-    made = make_ends(request.param)
-    yield made
-    close_ends(made)
+    yield from _made(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["memory", "shm"])
-def mapped_ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
-    """Two workers, once per transport whose reader sees the sender's memory."""
-    made = make_ends(request.param)
-    yield made
-    close_ends(made)
+@pytest.fixture(params=[*MAPPED, *NIXL])
+def seen_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    """Two workers, once per transport whose reader reaches into the sender's memory."""
+    yield from _made(request.param, monkeypatch)
+
+
+@pytest.fixture(params=MAPPED)
+def mapped_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    """Two workers, once per transport whose reader copies from the sender's memory itself."""
+    yield from _made(request.param, monkeypatch)
+
+
+@pytest.fixture(params=NIXL)
+def nixl_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    """Two workers over NIXL."""
+    yield from _made(request.param, monkeypatch)
 
 
 @pytest.fixture
@@ -162,6 +197,7 @@ class Tools:
     """What test modules share (there is no package to import from)."""
 
     LAYOUT = LAYOUT
+    NIXL = NIXL
     NUM_BLOCKS = NUM_BLOCKS
     fill = staticmethod(fill)
     read = staticmethod(read)
@@ -169,6 +205,7 @@ class Tools:
     record = staticmethod(record)
     make_ends = staticmethod(make_ends)
     close_ends = staticmethod(close_ends)
+    use_fake_nixl = staticmethod(use_fake_nixl)
 
     @staticmethod
     def open_files() -> int:

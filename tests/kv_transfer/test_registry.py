@@ -10,9 +10,11 @@ from kv_transfer.pool import LocalPool, SharedPool
 from tandem.errors import ConfigError, IncompatibleError
 
 
-def test_available_is_what_can_be_made() -> None:
+@pytest.mark.parametrize("wheel", [False, True], ids=["no NIXL", "NIXL"])
+def test_available_is_what_can_be_made(monkeypatch: pytest.MonkeyPatch, wheel: bool) -> None:
+    monkeypatch.setattr(registry.nixl_agent, "installed", lambda: wheel)
     pool = SharedPool(2, 8)
-    assert registry.available() == ["shm", "grpc"]
+    assert registry.available() == (["shm", "nixl", "grpc"] if wheel else ["shm", "grpc"])
     for name in registry.available():
         source, target = registry.source_transport(name, pool, "i"), registry.target_transport(name)
         assert source.name == target.name == name
@@ -23,13 +25,14 @@ def test_available_is_what_can_be_made() -> None:
 
 def test_without_linux_only_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.sys, "platform", "darwin")
+    monkeypatch.setattr(registry.nixl_agent, "installed", lambda: False)
     assert registry.available() == ["grpc"]
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"carrier.*shm, grpc"):
+    with pytest.raises(ConfigError, match=r"carrier.*shm, nixl, grpc"):
         registry.source_transport("carrier", LocalPool(1, 1), "i")
-    with pytest.raises(ConfigError, match=r"carrier.*shm, grpc"):
+    with pytest.raises(ConfigError, match=r"carrier.*shm, nixl, grpc"):
         registry.target_transport("carrier")
 
 
@@ -39,10 +42,22 @@ def test_unknown_names_list_the_known_ones() -> None:
         (["shm", "grpc"], ["grpc", "shm"], "shm"),
         (["shm", "grpc"], ["grpc"], "grpc"),
         (["grpc"], ["shm", "grpc"], "grpc"),
+        (["shm", "nixl", "grpc"], ["shm", "nixl", "grpc"], "shm"),
+        (["nixl", "grpc"], ["shm", "nixl", "grpc"], "nixl"),
+        (["shm", "nixl", "grpc"], ["grpc"], "grpc"),
     ],
 )
 def test_choose(source: list[str], target: list[str], chosen: str) -> None:
     assert registry.choose(source, target) == chosen
+
+
+def test_require_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.require("grpc")
+    with pytest.raises(ConfigError, match=r"carrier.*grpc"):
+        registry.require("carrier")
+    monkeypatch.setattr(registry.nixl_agent, "installed", lambda: False)
+    with pytest.raises(ConfigError, match="pip install --no-deps nixl-cu12"):
+        registry.require("nixl")
 
 
 def test_nothing_in_common_names_both() -> None:

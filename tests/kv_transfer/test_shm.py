@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from kv_transfer import shm
+from kv_transfer import copying, shm
 from kv_transfer.messages import Offer
 from kv_transfer.pool import HEADER, MAGIC, LocalPool, SharedPool
 from kv_transfer.shm import ShmSource, ShmTarget, map_pool, peer_uid
@@ -139,8 +139,11 @@ def test_blocks_of_another_process(worker: Worker, target: ShmTarget, target_poo
     view.verify(offer(5))
 
 
-def test_kill_9_in_the_middle_of_a_copy(worker: Worker, target: ShmTarget, target_pool: LocalPool) -> None:
+def test_kill_9_in_the_middle_of_a_copy(
+    worker: Worker, target: ShmTarget, target_pool: LocalPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The map outlives the process: the copy under way ends well, the next transfer fails clearly."""
+    monkeypatch.setattr(copying, "PIECE_BYTES", LAYOUT.block_bytes)
     view = target.connect(worker.endpoint, "child-1", LAYOUT)
     asked = []
 

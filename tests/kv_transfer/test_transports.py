@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kv_transfer import copying
+from kv_transfer import copying, nixl
 from kv_transfer.messages import Offer
 from kv_transfer.pool import LocalPool
 from kv_transfer.registry import source_transport, target_transport
@@ -39,7 +39,9 @@ def test_blocks_arrive_where_they_should_and_nowhere_else(ends: Any, tools: Any)
     assert set(rest) == {bytes(ends.target_pool.block_bytes)}
 
 
-def test_a_stopped_copy_raises_and_goes_no_further(ends: Any, tools: Any) -> None:
+def test_a_stopped_copy_raises_and_goes_no_further(ends: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (copying, nixl):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1)
     sent = [tools.fill(ends.source_pool, block, block) for block in (0, 1)]
     asked = iter([False, True])
     with pytest.raises(StaleError):
@@ -126,25 +128,26 @@ def test_threads_and_descriptors_come_back(ends: Any, tools: Any) -> None:
     assert threading.active_count() == threads
 
 
-# Transports whose reader sees the sender's memory.
+# Transports whose reader reaches into the sender's memory.
 
 
-def test_generation_that_changed_before_the_copy(mapped_ends: Any, tools: Any) -> None:
-    offer = offer_of(mapped_ends, [0, 1])
-    tools.reuse(mapped_ends.source_pool, 1)
-    view = connect(mapped_ends)
+def test_generation_that_changed_before_the_copy(seen_ends: Any, tools: Any) -> None:
+    offer = offer_of(seen_ends, [0, 1])
+    tools.reuse(seen_ends.source_pool, 1)
+    view = connect(seen_ends)
     with pytest.raises(StaleError) as caught:
-        view.copy(offer, mapped_ends.target_pool, [0, 1])
+        view.copy(offer, seen_ends.target_pool, [0, 1])
     assert caught.value.reason == "STALE_GENERATION"
-    assert tools.read(mapped_ends.target_pool, 0) == bytes(mapped_ends.target_pool.block_bytes)
+    assert tools.read(seen_ends.target_pool, 0) == bytes(seen_ends.target_pool.block_bytes)
     with pytest.raises(StaleError):
         view.verify(offer)
 
 
+@pytest.mark.parametrize("piece", [1, copying.PIECE_BYTES], ids=["block by block", "in one run"])
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("when", ["before the bytes", "after the bytes"])
 def test_generation_that_changes_during_the_copy(
-    mapped_ends: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, victim: int, when: str
+    mapped_ends: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, victim: int, when: str, piece: int
 ) -> None:
     """The block goes to somebody else between the two checks around its own copy."""
     plain: Callable[..., None] = copying.copy_bytes
@@ -152,36 +155,35 @@ def test_generation_that_changes_during_the_copy(
     def with_reuse(source: memoryview, target: Any, block: int) -> None:
         if when == "after the bytes":
             plain(source, target, block)
-        if block == victim:
+        if victim in range(block, block + source.nbytes // target.block_bytes):
             tools.reuse(mapped_ends.source_pool, victim)
         if when == "before the bytes":
             plain(source, target, block)
 
     monkeypatch.setattr(copying, "copy_bytes", with_reuse)
+    monkeypatch.setattr(copying, "PIECE_BYTES", piece)
     with pytest.raises(StaleError):
         connect(mapped_ends).copy(offer_of(mapped_ends, [0, 1]), mapped_ends.target_pool, [0, 1])
 
 
-def test_offers_of_impossible_blocks(mapped_ends: Any, tools: Any) -> None:
-    view = connect(mapped_ends)
+def test_offers_of_impossible_blocks(seen_ends: Any, tools: Any) -> None:
+    view = connect(seen_ends)
     for block in (tools.NUM_BLOCKS, 1 << 31, -1):
         with pytest.raises(InvalidRequestError):
-            view.copy(Offer(0, 0, 4, (block,), (0,)), mapped_ends.target_pool, [0])
+            view.copy(Offer(0, 0, 4, (block,), (0,)), seen_ends.target_pool, [0])
     for extra in ({"payload": b"x"}, {"checksums": (1,)}):
         with pytest.raises(InvalidRequestError):
-            view.copy(Offer(0, 0, 4, (0,), (0,), **extra), mapped_ends.target_pool, [0])
+            view.copy(Offer(0, 0, 4, (0,), (0,), **extra), seen_ends.target_pool, [0])
 
 
-def test_a_pool_with_other_blocks_is_refused(mapped_ends: Any) -> None:
+def test_a_pool_with_other_blocks_is_refused(seen_ends: Any) -> None:
     with pytest.raises(IncompatibleError, match="head_dim=16"):
-        mapped_ends.target.connect(
-            mapped_ends.source.endpoint(), "source-1", replace(mapped_ends.sender.layout, head_dim=16)
-        )
+        seen_ends.target.connect(seen_ends.source.endpoint(), "source-1", replace(seen_ends.sender.layout, head_dim=16))
 
 
-def test_another_incarnation_is_refused(mapped_ends: Any) -> None:
+def test_another_incarnation_is_refused(seen_ends: Any) -> None:
     with pytest.raises(StaleError):
-        mapped_ends.target.connect(mapped_ends.source.endpoint(), "source-0", mapped_ends.sender.layout)
+        seen_ends.target.connect(seen_ends.source.endpoint(), "source-0", seen_ends.sender.layout)
 
 
 # Transports whose bytes ride in the stream.

@@ -17,6 +17,7 @@ from prefill_serving import BLOCK_SIZE, FakeDecode, GatedRunner, collect, layout
 
 from engine.config import EngineConfig
 from engine.fake import SLOT_BYTES
+from kv_transfer import registry
 from kv_transfer.pool import SharedPool
 from prefill_service import wiring
 from prefill_service.__main__ import main
@@ -39,7 +40,7 @@ def test_flags_become_settings() -> None:
     assert flags.engine["max_step_tokens"] == 64
     assert flags.engine["prefix_cache"] is False
     assert flags.engine["kv_dtype"] == "bf16"
-    assert flags.transports == ("shm", "grpc")
+    assert flags.transports == tuple(registry.available())
     assert parse_flags(["--model", "m", "--transport", "grpc"]).transports == ("grpc",)
 
 

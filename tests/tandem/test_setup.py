@@ -25,6 +25,8 @@ case "$*" in
         cp "$0" .venv/bin/python
         printf '#!/bin/sh\\n' >.venv/bin/tandem
         chmod +x .venv/bin/tandem ;;
+    "-c import importlib"*) [ -e .venv/nixl ] ;;
+    "-m pip install --no-deps nixl"*) touch .venv/nixl ;;
     *"--dry-run"*) echo "Would install torch-2.13.0" ;;
     "-m pip install"*)
         [ -e .venv/pip ] || { echo "No module named pip" >&2; exit 1; }
@@ -48,9 +50,11 @@ def house(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _setup(house: Path) -> subprocess.Popen[bytes]:
+def _setup(house: Path, **changes: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHON": str(house / "python"), "HOUSE": str(house)}
-    environment.pop("TORCH_INDEX_URL", None)
+    for name in ("TORCH_INDEX_URL", "NIXL"):
+        environment.pop(name, None)
+    environment |= changes
     with (house / "output").open("wb") as output:
         return subprocess.Popen(
             [house / "scripts/setup"], env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
@@ -87,3 +91,18 @@ def test_half_a_venv_is_made_anew(house: Path) -> None:
     shutil.copy(house / "python", house / ".venv/bin")
     assert _setup(house).wait(30) == 0, (house / "output").read_text()
     assert any(call.startswith("-m venv") for call in (house / "calls").read_text().splitlines())
+
+
+def test_nixl_is_brought_alone_and_only_when_asked_for(house: Path) -> None:
+    """With its dependencies it would bring CUDA packages."""
+    (house / "go").touch()
+
+    def installs() -> list[str]:
+        return [call for call in (house / "calls").read_text().splitlines() if "nixl" in call and "pip install" in call]
+
+    assert _setup(house).wait(30) == 0
+    assert installs() == []
+    for _ in range(2):
+        assert _setup(house, NIXL="1").wait(30) == 0
+        assert len(installs()) == 1
+    assert installs()[0].startswith("-m pip install --no-deps nixl-cu12==")
