@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 
+from kernels.triton.activation import gated_launch
 from kernels.triton.decode_attention import decode_launches
+from kernels.triton.embedding import embedding_launch
 from kernels.triton.kv_format import kv_format
 from kernels.triton.launch import Launch
+from kernels.triton.norm import norm_launch
 from kernels.triton.prefill_attention import prefill_launch
+from kernels.triton.rope import rope_launch
 
 DTYPE = torch.bfloat16
 KV_DTYPES = {"half": DTYPE, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 HEADS, KV_HEADS, BLOCK_SIZE = 32, 8, 16
+HIDDEN, MLP, VOCABULARY = 4096, 14336, 128256
 SEQUENCES, TOKENS, CONTEXT = 64, 2048, 8192
 
 
@@ -56,6 +61,32 @@ def prefill(form: str, dim: int, window: int | None = None, cap: float | None = 
     return [prefill_launch(**given, query_starts=starts, sliding_window=window, soft_cap=cap)]
 
 
+def norm(width: int, heads: int = 1, residual: bool = False) -> list[Launch]:
+    """RMSNorm of rows, or of heads."""
+    x = empty(TOKENS, heads, width)
+    return [norm_launch(x, empty(width), x, 1e-5, x[:, 0] if residual else None)]
+
+
+def rope(form: str, dim: int, interleaved: bool = False) -> list[Launch]:
+    """Rotation and the write of keys and values."""
+    given = _attention(form, dim, TOKENS)
+    angles, index = empty(CONTEXT, dim // 2, dtype=torch.float32), empty(TOKENS, dtype=torch.int64)
+    qkv, cache = empty(TOKENS, (HEADS + 2 * KV_HEADS) * dim), given["kv_layer"]
+    step = (qkv, index, index, angles, angles, cache, given["out"])
+    return [rope_launch(*step, interleaved, given["kv_scales"], given["form"])]
+
+
+def gated(kind: str) -> list[Launch]:
+    """A gated activation."""
+    return [gated_launch(empty(TOKENS, 2 * MLP), empty(TOKENS, MLP), kind)]
+
+
+def embedding() -> list[Launch]:
+    """A look-up of token ids."""
+    ids = empty(TOKENS, dtype=torch.int64)
+    return [embedding_launch(ids, empty(VOCABULARY, HIDDEN), empty(TOKENS, HIDDEN), 0)]
+
+
 VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "decode attention, D 64": lambda: decode("half", 64),
     "decode attention, D 128": lambda: decode("half", 128),
@@ -67,4 +98,16 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "prefill attention, D 256, window, soft cap": lambda: prefill("half", 256, 4096, 50.0),
     "prefill attention, D 128, KV fp8": lambda: prefill("fp8", 128),
     "prefill attention, D 128, KV int8": lambda: prefill("int8", 128),
+    "rope and KV write, D 128": lambda: rope("half", 128),
+    "rope and KV write, D 64, interleaved": lambda: rope("half", 64, True),
+    "rope and KV write, D 128, KV fp8": lambda: rope("fp8", 128),
+    "rope and KV write, D 128, KV int8": lambda: rope("int8", 128),
+    "RMSNorm, width 4096": lambda: norm(HIDDEN),
+    "RMSNorm with residual, width 4096": lambda: norm(HIDDEN, residual=True),
+    "RMSNorm with residual, width 16384": lambda: norm(16384, residual=True),
+    "RMSNorm of heads, D 128": lambda: norm(128, HEADS),
+    "SiLU and product": lambda: gated("silu"),
+    "GeLU and product": lambda: gated("gelu"),
+    "GeLU by tanh and product": lambda: gated("gelu_tanh"),
+    "embedding": embedding,
 }
