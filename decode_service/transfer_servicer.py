@@ -9,6 +9,7 @@ the attempt does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from decode_service.worker import DecodeWorker
+from decode_service.worker import HEARTBEAT_SECONDS, DecodeWorker
 from kv_transfer.messages import Ack, Commit, Committed, Opened
 from kv_transfer.peers import Identity
 from kv_transfer.session import CopyPlan, Receiver, ReceiveSession
@@ -100,11 +101,28 @@ class _Transfer:
         self._write_lock = asyncio.Lock()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._committed = False
+        self._beats: asyncio.Task[None] | None = None
         self.bytes_copied = 0
         self.started = time.perf_counter()
 
     async def run(self, requests: Requests) -> None:
         """From Open to Committed."""
+        try:
+            await self._receive(requests)
+        finally:
+            if self._beats is not None:
+                self._beats.cancel()
+                await asyncio.gather(self._beats, return_exceptions=True)
+
+    async def _beat(self) -> None:
+        with contextlib.suppress(grpc.RpcError):  # the call is over; whoever runs it is told as well
+            while True:
+                await asyncio.sleep(HEARTBEAT_SECONDS)
+                if self._worker.engine.alive:
+                    async with self._write_lock:
+                        await self._context.write(messages.heartbeat_to_pb())
+
+    async def _receive(self, requests: Requests) -> None:
         attempt = await self._open(requests)
         with self._worker.transferring(self._session.lease, attempt) as over:
             reader = asyncio.create_task(self._read(requests))
@@ -137,6 +155,10 @@ class _Transfer:
         if request is None or request.WhichOneof("event") != "open":
             raise InvalidRequestError("the first message of a transfer must be Open", field="open")
         opening = messages.open_from_pb(request.open)
+        if request.open.heartbeats:
+            # Apart from the first message: a write given up before it sent the headers would take the status with it.
+            await self._context.send_initial_metadata(())
+            self._beats = asyncio.create_task(self._beat())
         await self._answer(await self._in_thread(lambda: self._session.on_open(opening)))
         return opening.attempt
 

@@ -17,13 +17,13 @@ import grpc
 
 from gateway.ended import Ended, ended_by
 from gateway.feed import TokenFeed
-from gateway.silence import Silence
 from gateway.workers import Worker
 from tandem.errors import InternalError, UnavailableError
 from tandem.record import Record, TokenDelta
 from tandem.service import wire
 from tandem.service.call_status import CallStatus
 from tandem.service.logging import get_logger
+from tandem.service.silence import Silence
 from tandem.v1 import decode_pb2, prefill_pb2
 
 _log = get_logger(__name__)

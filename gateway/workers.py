@@ -17,9 +17,9 @@ import grpc
 from gateway.affinity import Prefix, PrefixMemory
 from gateway.feed import TokenFeed
 from gateway.fit import traits_of
-from gateway.silence import Silence
 from tandem.service.channel import open_service_channel
 from tandem.service.logging import get_logger
+from tandem.service.silence import Silence
 from tandem.service.tls import Tls
 from tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 

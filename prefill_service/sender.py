@@ -5,6 +5,7 @@ Life cycle: Transfer(...) -> `run()` as a task, which opens the stream -> `reser
 task to give up. All of it on the event loop; reading blocks, checksums and serialization happen in `executor`.
 
 The decode worker says which tokens it lacks: only these are offered. Offers wait while too many are unacknowledged.
+It also beats: a way that is silent for three seconds is lost, long before keepalive finds out.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from prefill_service.channels import Channels
 from tandem.errors import InternalError, InvalidRequestError
 from tandem.record import Record
 from tandem.service.call_status import CallStatus
+from tandem.service.silence import Silence
 from tandem.v1 import kv_transfer_pb2
 from worker import transfer_messages as messages
 
 METHOD = "/tandem.v1.KvTransferService/Transfer"
 _T = TypeVar("_T")
+SILENCE_SECONDS = 3.0
+"""Three missed heartbeats of the decode worker: the way to it is lost, whatever its socket says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +111,21 @@ class Transfer:
             await asyncio.gather(reader, writer, return_exceptions=True)
 
     async def _read(self, call: Any) -> bool:
+        try:
+            async with Silence(SILENCE_SECONDS) as silence:
+                return await self._answers(call, silence)
+        except TimeoutError:
+            problem = lost(self.address, f"no heartbeat for {SILENCE_SECONDS:g} s")
+            raise target_error(problem, self.address) from None
+
+    async def _answers(self, call: Any, silence: Silence) -> bool:
         while True:
             message = await call.read()
+            silence.heard()
             if message is grpc.aio.EOF:
                 raise target_error(lost(self.address, "the transfer ended without a commit"), self.address)
+            if message.WhichOneof("event") == "heartbeat":
+                continue
             try:
                 committed = self._take(messages.answer_from_pb(message))
             except (InvalidRequestError, InternalError) as exc:

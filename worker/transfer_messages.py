@@ -21,6 +21,7 @@ def open_to_pb(message: Open) -> pb.TransferRequest:
         transport=message.transport,
         endpoint=message.endpoint,
         source_secret=message.secret,
+        heartbeats=True,
     )
     return pb.TransferRequest(open=opening)
 
@@ -103,3 +104,8 @@ def answer_from_pb(message: pb.TransferResponse) -> Opened | Ack | Committed:
     if kind == "committed":
         return Committed(message.committed.already_committed)
     raise InternalError("the decode worker sent a message that this version doesn't know", reason="TARGET_PROTOCOL")
+
+
+def heartbeat_to_pb() -> pb.TransferResponse:
+    """The receiver lives."""
+    return pb.TransferResponse(heartbeat=pb.TransferHeartbeat())

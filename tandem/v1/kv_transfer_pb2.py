@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import types_pb2 as tandem_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btandem/v1/kv_transfer.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\"\xf1\x01\n\x0cTransferOpen\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1a\n\x12source_incarnation\x18\x03 \x01(\t\x12\x1a\n\x12target_incarnation\x18\x04 \x01(\t\x12\x10\n\x08model_id\x18\x05 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x06 \x01(\t\x12#\n\x06layout\x18\x07 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\ttransport\x18\x08 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\t \x01(\x0c\x12\x15\n\rsource_secret\x18\n \x01(\x0c\"\x92\x01\n\rTransferOffer\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0btoken_start\x18\x02 \x01(\r\x12\x11\n\ttoken_end\x18\x03 \x01(\r\x12\x0e\n\x06\x62locks\x18\x04 \x03(\r\x12\x13\n\x0bgenerations\x18\x05 \x03(\x04\x12\x0f\n\x07payload\x18\x06 \x01(\x0c\x12\x11\n\tchecksums\x18\x07 \x03(\x07\"V\n\x0eTransferCommit\x12\x0e\n\x06offers\x18\x01 \x01(\x04\x12\x11\n\ttoken_end\x18\x02 \x01(\r\x12!\n\x06record\x18\x03 \x01(\x0b\x32\x11.tandem.v1.Record\"\x9b\x01\n\x0fTransferRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.tandem.v1.TransferOpenH\x00\x12)\n\x05offer\x18\x02 \x01(\x0b\x32\x18.tandem.v1.TransferOfferH\x00\x12+\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x19.tandem.v1.TransferCommitH\x00\x42\x07\n\x05\x65vent\"N\n\x0eTransferOpened\x12\x14\n\x0cneeded_start\x18\x01 \x01(\r\x12\x12\n\nneeded_end\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\"\x1f\n\x0bTransferAck\x12\x10\n\x08sequence\x18\x01 \x01(\x04\".\n\x11TransferCommitted\x12\x19\n\x11\x61lready_committed\x18\x01 \x01(\x08\"\xa2\x01\n\x10TransferResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.tandem.v1.TransferOpenedH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.tandem.v1.TransferAckH\x00\x12\x31\n\tcommitted\x18\x03 \x01(\x0b\x32\x1c.tandem.v1.TransferCommittedH\x00\x42\x07\n\x05\x65vent2\\\n\x11KvTransferService\x12G\n\x08Transfer\x12\x1a.tandem.v1.TransferRequest\x1a\x1b.tandem.v1.TransferResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btandem/v1/kv_transfer.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\"\x85\x02\n\x0cTransferOpen\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1a\n\x12source_incarnation\x18\x03 \x01(\t\x12\x1a\n\x12target_incarnation\x18\x04 \x01(\t\x12\x10\n\x08model_id\x18\x05 \x01(\t\x12\x13\n\x0bnumerics_id\x18\x06 \x01(\t\x12#\n\x06layout\x18\x07 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x11\n\ttransport\x18\x08 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\t \x01(\x0c\x12\x15\n\rsource_secret\x18\n \x01(\x0c\x12\x12\n\nheartbeats\x18\x0b \x01(\x08\"\x92\x01\n\rTransferOffer\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0btoken_start\x18\x02 \x01(\r\x12\x11\n\ttoken_end\x18\x03 \x01(\r\x12\x0e\n\x06\x62locks\x18\x04 \x03(\r\x12\x13\n\x0bgenerations\x18\x05 \x03(\x04\x12\x0f\n\x07payload\x18\x06 \x01(\x0c\x12\x11\n\tchecksums\x18\x07 \x03(\x07\"V\n\x0eTransferCommit\x12\x0e\n\x06offers\x18\x01 \x01(\x04\x12\x11\n\ttoken_end\x18\x02 \x01(\r\x12!\n\x06record\x18\x03 \x01(\x0b\x32\x11.tandem.v1.Record\"\x9b\x01\n\x0fTransferRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.tandem.v1.TransferOpenH\x00\x12)\n\x05offer\x18\x02 \x01(\x0b\x32\x18.tandem.v1.TransferOfferH\x00\x12+\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x19.tandem.v1.TransferCommitH\x00\x42\x07\n\x05\x65vent\"N\n\x0eTransferOpened\x12\x14\n\x0cneeded_start\x18\x01 \x01(\r\x12\x12\n\nneeded_end\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\"\x1f\n\x0bTransferAck\x12\x10\n\x08sequence\x18\x01 \x01(\x04\".\n\x11TransferCommitted\x12\x19\n\x11\x61lready_committed\x18\x01 \x01(\x08\"\x13\n\x11TransferHeartbeat\"\xd5\x01\n\x10TransferResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.tandem.v1.TransferOpenedH\x00\x12%\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x16.tandem.v1.TransferAckH\x00\x12\x31\n\tcommitted\x18\x03 \x01(\x0b\x32\x1c.tandem.v1.TransferCommittedH\x00\x12\x31\n\theartbeat\x18\x04 \x01(\x0b\x32\x1c.tandem.v1.TransferHeartbeatH\x00\x42\x07\n\x05\x65vent2\\\n\x11KvTransferService\x12G\n\x08Transfer\x12\x1a.tandem.v1.TransferRequest\x1a\x1b.tandem.v1.TransferResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.kv_transfer_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRANSFEROPEN']._serialized_start=66
-  _globals['_TRANSFEROPEN']._serialized_end=307
-  _globals['_TRANSFEROFFER']._serialized_start=310
-  _globals['_TRANSFEROFFER']._serialized_end=456
-  _globals['_TRANSFERCOMMIT']._serialized_start=458
-  _globals['_TRANSFERCOMMIT']._serialized_end=544
-  _globals['_TRANSFERREQUEST']._serialized_start=547
-  _globals['_TRANSFERREQUEST']._serialized_end=702
-  _globals['_TRANSFEROPENED']._serialized_start=704
-  _globals['_TRANSFEROPENED']._serialized_end=782
-  _globals['_TRANSFERACK']._serialized_start=784
-  _globals['_TRANSFERACK']._serialized_end=815
-  _globals['_TRANSFERCOMMITTED']._serialized_start=817
-  _globals['_TRANSFERCOMMITTED']._serialized_end=863
-  _globals['_TRANSFERRESPONSE']._serialized_start=866
-  _globals['_TRANSFERRESPONSE']._serialized_end=1028
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1030
-  _globals['_KVTRANSFERSERVICE']._serialized_end=1122
+  _globals['_TRANSFEROPEN']._serialized_end=327
+  _globals['_TRANSFEROFFER']._serialized_start=330
+  _globals['_TRANSFEROFFER']._serialized_end=476
+  _globals['_TRANSFERCOMMIT']._serialized_start=478
+  _globals['_TRANSFERCOMMIT']._serialized_end=564
+  _globals['_TRANSFERREQUEST']._serialized_start=567
+  _globals['_TRANSFERREQUEST']._serialized_end=722
+  _globals['_TRANSFEROPENED']._serialized_start=724
+  _globals['_TRANSFEROPENED']._serialized_end=802
+  _globals['_TRANSFERACK']._serialized_start=804
+  _globals['_TRANSFERACK']._serialized_end=835
+  _globals['_TRANSFERCOMMITTED']._serialized_start=837
+  _globals['_TRANSFERCOMMITTED']._serialized_end=883
+  _globals['_TRANSFERHEARTBEAT']._serialized_start=885
+  _globals['_TRANSFERHEARTBEAT']._serialized_end=904
+  _globals['_TRANSFERRESPONSE']._serialized_start=907
+  _globals['_TRANSFERRESPONSE']._serialized_end=1120
+  _globals['_KVTRANSFERSERVICE']._serialized_start=1122
+  _globals['_KVTRANSFERSERVICE']._serialized_end=1214
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,7 @@ class TransferOpen(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
     SOURCE_SECRET_FIELD_NUMBER: _builtins.int
+    HEARTBEATS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     attempt: _builtins.int
     source_incarnation: _builtins.str
@@ -49,6 +50,8 @@ class TransferOpen(_message.Message):
     """Random, of the sender's process, told in this message alone: transfers with one secret come from one process. The receiver
     takes an incarnation's later transfers only with the same secret and the same endpoints.
     """
+    heartbeats: _builtins.bool
+    """The sender knows TransferHeartbeat."""
     @_builtins.property
     def layout(self) -> _types_pb2.KvLayout: ...
     def __init__(
@@ -64,10 +67,11 @@ class TransferOpen(_message.Message):
         transport: _builtins.str = ...,
         endpoint: _builtins.bytes = ...,
         source_secret: _builtins.bytes = ...,
+        heartbeats: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "endpoint", b"endpoint", "layout", b"layout", "lease_id", b"lease_id", "model_id", b"model_id", "numerics_id", b"numerics_id", "source_incarnation", b"source_incarnation", "source_secret", b"source_secret", "target_incarnation", b"target_incarnation", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "endpoint", b"endpoint", "heartbeats", b"heartbeats", "layout", b"layout", "lease_id", b"lease_id", "model_id", b"model_id", "numerics_id", b"numerics_id", "source_incarnation", b"source_incarnation", "source_secret", b"source_secret", "target_incarnation", b"target_incarnation", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,30 +251,53 @@ class TransferCommitted(_message.Message):
 Global___TransferCommitted: _TypeAlias = TransferCommitted  # noqa: Y015
 
 @_typing.final
+class TransferHeartbeat(_message.Message):
+    """Each second while the receiver's engine turns, from the Open on. Three missed mean that the way is lost: a sender that
+    waits for room in a window would never hear of it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferHeartbeat: _TypeAlias = TransferHeartbeat  # noqa: Y015
+
+@_typing.final
 class TransferResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OPENED_FIELD_NUMBER: _builtins.int
     ACK_FIELD_NUMBER: _builtins.int
     COMMITTED_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___TransferOpened: ...
     @_builtins.property
     def ack(self) -> Global___TransferAck: ...
     @_builtins.property
     def committed(self) -> Global___TransferCommitted: ...
+    @_builtins.property
+    def heartbeat(self) -> Global___TransferHeartbeat: ...
     def __init__(
         self,
         *,
         opened: Global___TransferOpened | None = ...,
         ack: Global___TransferAck | None = ...,
         committed: Global___TransferCommitted | None = ...,
+        heartbeat: Global___TransferHeartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "committed", b"committed", "event", b"event", "opened", b"opened"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "committed", b"committed", "event", b"event", "heartbeat", b"heartbeat", "opened", b"opened"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "committed", b"committed", "event", b"event", "opened", b"opened"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "committed", b"committed", "event", b"event", "heartbeat", b"heartbeat", "opened", b"opened"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "ack", "committed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["opened", "ack", "committed", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -500,3 +500,27 @@ async def test_random_lives_leave_nothing_behind() -> None:
         await rig.all_free()
         counters = await rig.assembly.worker.engine.call(lambda scheduler: scheduler.counters)
         assert counters.worst_steps_after_cancel <= 1
+
+
+async def test_a_transfer_beats_for_a_sender_that_knows_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its Open on, and only for those: an older sender takes an unknown message for a fault."""
+    monkeypatch.setattr("decode_service.transfer_servicer.HEARTBEAT_SECONDS", 0.05)
+    async with running_rig() as rig:
+        sender = FakePrefill(rig, "grpc")
+        for knows in (True, False):
+            call = await rig.call(record_of(9, seed=1 + knows), local=False)
+            transfer = rig.transfers.Transfer()
+            opening = open_to_pb(sender.session(call.admitted).open())
+            opening.open.heartbeats = knows
+            await transfer.write(opening)
+            assert (await transfer.read()).WhichOneof("event") == "opened"
+            if knows:
+                assert (await transfer.read()).WhichOneof("event") == "heartbeat"
+            else:
+                reading = asyncio.ensure_future(transfer.read())
+                assert not (await asyncio.wait({reading}, timeout=0.3))[0]
+                reading.cancel()
+            transfer.cancel()
+            call.call.cancel()
+        await rig.all_free()
+        sender.close()

@@ -33,7 +33,7 @@ from tandem.service.wire import layout_to_pb
 from tandem.v1 import kv_transfer_pb2 as kv_pb
 from tandem.v1 import kv_transfer_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from worker.identity import WorkerIdentity
-from worker.transfer_messages import answer_to_pb, commit_from_pb, offer_from_pb, open_from_pb
+from worker.transfer_messages import answer_to_pb, commit_from_pb, heartbeat_to_pb, offer_from_pb, open_from_pb
 
 BLOCK_SIZE = 4
 MODEL = "model-1"
@@ -79,6 +79,17 @@ class GatedRunner(FakeRunner):
         return super().run(batch)
 
 
+class OneWriter:
+    """A context whose writes wait for each other, as gRPC wants it."""
+
+    def __init__(self, context: Any) -> None:
+        self._context, self._lock = context, asyncio.Lock()
+
+    async def write(self, message: Any) -> None:
+        async with self._lock:
+            await self._context.write(message)
+
+
 @dataclass
 class FakeDecode(kv_transfer_pb2_grpc.KvTransferServiceServicer):
     """The receiving side: leases into a pool of its own, by `ReceiveSession`. Faults are set by the test."""
@@ -93,6 +104,7 @@ class FakeDecode(kv_transfer_pb2_grpc.KvTransferServiceServicer):
     offers: list[Offer] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
     streams: int = 0
+    silent: bool = False
     address: str = ""
 
     def __post_init__(self) -> None:
@@ -122,13 +134,23 @@ class FakeDecode(kv_transfer_pb2_grpc.KvTransferServiceServicer):
     async def Transfer(self, request_iterator: AsyncIterator[Any], context: Any) -> None:
         session = ReceiveSession(self.receiver)
         self.streams += 1
+        context = OneWriter(context)
+        beats = asyncio.create_task(self._beat(context))
         try:
             async for request in request_iterator:
                 if await self._handle(session, request, context):
                     return
         finally:
             self.streams -= 1
+            beats.cancel()
+            await asyncio.gather(beats, return_exceptions=True)
             session.close()
+
+    async def _beat(self, context: Any) -> None:
+        while True:
+            await asyncio.sleep(0.2)
+            if not self.silent:
+                await context.write(heartbeat_to_pb())
 
     async def _handle(self, session: ReceiveSession, request: kv_pb.TransferRequest, context: Any) -> bool:
         kind = request.WhichOneof("event")

@@ -110,3 +110,25 @@ async def test_a_corrupt_block_is_data_loss() -> None:
         error = await rig.error_of(rig.request(record_of(9, seed=1)))
         assert type(error).__name__ == "DataCorruptionError"
         await rig.settled()
+
+
+async def test_a_way_to_decode_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decode worker beats while it copies; without a beat the call ends long before its deadline."""
+    monkeypatch.setattr("prefill_service.sender.SILENCE_SECONDS", 0.5)
+
+    async with serving() as rig:
+        held = asyncio.Event()
+
+        async def hold(_offer: object) -> None:
+            await held.wait()
+
+        rig.decode.on_offer = hold
+        call = asyncio.ensure_future(rig.error_of(rig.request(record_of(9, seed=1))))
+        await asyncio.sleep(1.0)  # twice the silence that would be too long
+        assert not call.done()
+        rig.decode.silent = True
+        error = await call
+        assert (error.reason, error.metadata["side"]) == ("TARGET_LOST", "target")
+        held.set()
+        rig.decode.leases.close_all()
+        await rig.settled()
