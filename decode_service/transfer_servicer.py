@@ -74,12 +74,9 @@ class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
         try:
             await transfer.run(aiter(request_iterator))
         except Exception:
-            if metrics is not None:
+            if metrics is not None and not transfer.counted:
                 metrics.transfer_failed()
             raise
-        else:
-            if metrics is not None:
-                metrics.transferred(transfer.bytes_copied, time.perf_counter() - transfer.started)
         finally:
             transfer.close()
 
@@ -102,8 +99,10 @@ class _Transfer:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._committed = False
         self._beats: asyncio.Task[None] | None = None
-        self.bytes_copied = 0
-        self.started = time.perf_counter()
+        self._bytes_copied = 0
+        self._started = time.perf_counter()
+        self.counted = False
+        """It is among the transfers that were committed."""
 
     async def run(self, requests: Requests) -> None:
         """From Open to Committed."""
@@ -182,7 +181,7 @@ class _Transfer:
     async def _copy(self, plan: CopyPlan) -> None:
         try:
             ack = await self._in_thread(lambda: self._session.copy(plan))
-            self.bytes_copied += len(plan.target_blocks) * self._block_bytes
+            self._bytes_copied += len(plan.target_blocks) * self._block_bytes
             await self._answer(ack)
         except (TandemError, grpc.RpcError) as exc:
             self._fail(exc)
@@ -208,6 +207,7 @@ class _Transfer:
         key = self._worker.key_of(self._session.lease)
         committed = await self._in_thread(lambda: self._session.on_commit(commit))
         if committed.already_committed:
+            self._count()
             return committed
         try:
             await self._worker.engine.call_with_events(
@@ -217,7 +217,14 @@ class _Transfer:
             self._worker.fail_stream(key, exc if isinstance(exc, TandemError) else InternalError(f"commit: {exc}"))
             raise
         self._committed = True
+        self._count()
         return committed
+
+    def _count(self) -> None:
+        """At the commit, not at the call's end: a short request may be over, and the call cancelled, before that."""
+        self.counted = True
+        if self._worker.metrics is not None:
+            self._worker.metrics.transferred(self._bytes_copied, time.perf_counter() - self._started)
 
     async def _answer(self, answer: Opened | Ack | Committed) -> None:
         async with self._write_lock:

@@ -57,3 +57,10 @@ class Catalog:
                 prefill = sum(w.ready and w.info.model_id == info.model_id for w in self._pool.prefill)
                 found[info.model_id] = (info.model_name or self.name, info, prefill, decode)
         return list(found.values())
+
+    def workers(self) -> list[dict[str, str | int]]:
+        """The ready workers of each model, for /workers."""
+        return [
+            {"model": name, "model_id": info.model_id, "prefill_workers": prefill, "decode_workers": decode}
+            for name, info, prefill, decode in self.models()
+        ]

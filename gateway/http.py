@@ -1,9 +1,10 @@
-"""/metrics and /healthz over HTTP/1.1, one short answer per connection."""
+"""/metrics, /healthz and /workers over HTTP/1.1, one short answer per connection."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
@@ -21,10 +22,16 @@ _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Al
 class HttpServer:
     """Made -> `start()` -> `close()`. A client that says nothing is cut off after five seconds."""
 
-    def __init__(self, listen: str, registry: CollectorRegistry, serving: Callable[[], bool]) -> None:
-        """`listen` is HOST:PORT, port 0 for any. Raises ConfigError when it isn't."""
+    def __init__(
+        self,
+        listen: str,
+        registry: CollectorRegistry,
+        serving: Callable[[], bool],
+        workers: Callable[[], list[dict[str, str | int]]],
+    ) -> None:
+        """`listen` is HOST:PORT, port 0 for any; `workers` gives what /workers lists. Raises ConfigError."""
         self._listen = addresses.parse(listen, flag="--http")
-        self._registry, self._serving = registry, serving
+        self._registry, self._serving, self._workers = registry, serving, workers
         self._server: asyncio.Server | None = None
         self._open = 0
 
@@ -73,7 +80,9 @@ class HttpServer:
             return 200, CONTENT_TYPE_LATEST, generate_latest(self._registry)
         if path == "/healthz":
             return (200, "text/plain", b"ok\n") if self._serving() else (503, "text/plain", b"no worker is ready\n")
-        return 404, "text/plain", b"only /metrics and /healthz\n"
+        if path == "/workers":
+            return 200, "application/json", json.dumps({"models": self._workers()}).encode() + b"\n"
+        return 404, "text/plain", b"only /metrics, /healthz and /workers\n"
 
 
 def _head(status: int, kind: str, length: int) -> bytes:

@@ -62,7 +62,8 @@ class Gateway:
         dispatcher = Dispatcher(self.pool, pairing, config)
         services = Services(config, dispatcher, pairing, self.text.tokenizer, self.metrics)
         self.access = Access(bindings.api_keys, certificates=bindings.client_certificates)
-        self.servicer = InferenceServicer(services, self.text, Catalog(self.pool, self.text.tokenizer), self.access)
+        catalog = Catalog(self.pool, self.text.tokenizer)
+        self.servicer = InferenceServicer(services, self.text, catalog, self.access)
         self.shell = ServerShell(
             "gateway",
             bindings.listen,
@@ -70,7 +71,7 @@ class Gateway:
             client_certificates=bindings.client_certificates,
             admit=self.access.admit,
         )
-        self.http = HttpServer(bindings.http, self.metrics.registry, lambda: self.serving)
+        self.http = HttpServer(bindings.http, self.metrics.registry, lambda: self.serving, catalog.workers)
         self.address = self.http_address = ""
 
     async def start(self) -> None:

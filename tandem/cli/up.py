@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import shutil
 import signal
 import sys
@@ -11,13 +12,14 @@ from typing import Any
 
 import click
 
-from tandem.cli.options import DEFAULT_GATEWAY, DEFAULT_HTTP
+from tandem.cli.options import DEFAULT_GATEWAY, DEFAULT_HTTP, api_key
 from tandem.cli.terminal import Terminal, say, tell
 from tandem.client import AsyncClient, Delta
 from tandem.errors import TandemError
 from tandem.models import resolve_model
 from tandem.service import logging
 from tandem.service.address import parse
+from tandem.service.tls import ROLE_NAMES, tls_files
 from tandem.supervisor.settings import UpSettings
 from tandem.supervisor.supervisor import Supervisor
 
@@ -111,6 +113,24 @@ from tandem.supervisor.supervisor import Supervisor
 @click.option("--max-queue", type=int, metavar="N", help="Most requests that wait in a gateway.")
 @click.option("--default-timeout", type=float, metavar="SECONDS", help="Deadline of requests that bring none.")
 @click.option(
+    "--tls-cert", metavar="FILE", help="PEM: a certificate with the names of all services; see docs/operations.md."
+)
+@click.option("--tls-key", metavar="FILE", help="PEM: its private key.")
+@click.option("--tls-ca", metavar="FILE", help="PEM: authorities of the services' and the clients' certificates.")
+@click.option(
+    "--tls-client-auth",
+    type=click.Choice(["none", "required"]),
+    default="none",
+    show_default=True,
+    help="Whether clients of the gateway need a certificate.",
+)
+@click.option(
+    "--api-keys",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON or TOML: tenants and SHA-256 hashes of their API keys; every call then needs a key.",
+)
+@click.option(
     "--drain-grace",
     default=10.0,
     show_default=True,
@@ -131,7 +151,9 @@ def command(model: str, gateway: str, http: str, ask: str | None, **flags: Any) 
     Prints one line `ready gateway=HOST:PORT http=HOST:PORT` when it serves. A worker that dies is restarted.
     """
     logging.configure("up", flags["log_level"])
+    tls = tls_files(flags.pop("tls_cert"), flags.pop("tls_key"), flags.pop("tls_ca"))
     settings = UpSettings(
+        tls=tls,
         model=resolve_model(model),
         gateway=parse(gateway, flag="--gateway"),
         http=parse(http, flag="--http"),
@@ -185,7 +207,7 @@ class Foreground:
         """Streams the model's answer to stdout. A failure is told, and everything goes on serving."""
         say(f"\n{question}")
         try:
-            async with AsyncClient(gateway) as client:
+            async with AsyncClient(gateway, api_key=api_key(None), **self._access()) as client:
                 messages = [{"role": "user", "content": question}]
                 async with client.stream(messages=messages, temperature=0.0, max_tokens=256) as events:
                     async for event in events:
@@ -195,6 +217,21 @@ class Foreground:
         except TandemError as exc:
             tell(f"\nerror: the question failed: {exc}")
 
+    def _access(self) -> dict[str, Any]:
+        """How a client of the gateway speaks TLS, as keywords."""
+        files = self._settings.tls
+        if files is None:
+            return {}
+        mine = {"tls_cert": str(files.cert), "tls_key": str(files.key)}
+        required = self._settings.tls_client_auth == "required"
+        return {"tls_ca": str(files.ca), "tls_server_name": ROLE_NAMES["gateway"], **(mine if required else {})}
+
+    def _flags(self) -> str:
+        """What the commands below need to reach the gateway."""
+        words = [f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in self._access().items()]
+        words += ["--api-key-file FILE"] if self._settings.api_keys is not None else []
+        return "".join(f" {word}" for word in words)
+
     def _tell(self) -> None:
         """What a person can do now."""
         gateway, http = self._supervisor.gateways[0], self._supervisor.https[0]
@@ -203,8 +240,8 @@ class Foreground:
         lines = (
             f"gRPC      {', '.join(map(str, self._supervisor.gateways))}",
             f"metrics   http://{http}/metrics",
-            f"try       {tandem} chat{flag}",
-            f'          {tandem} generate "Once upon a time"{flag} --max-tokens 40',
+            f"try       {tandem} chat{flag}{self._flags()}",
+            f'          {tandem} generate "Once upon a time"{flag}{self._flags()} --max-tokens 40',
             f"          {tandem} status{flag}",
             "stop      Ctrl-C",
         )

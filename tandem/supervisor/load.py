@@ -7,7 +7,8 @@ from typing import Any
 
 import grpc
 
-from tandem.service.channel import open_channel
+from tandem.service.channel import open_service_channel
+from tandem.service.tls import Tls
 from tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 
 LOAD_SECONDS = 2.0
@@ -25,29 +26,29 @@ FIELDS = (
 )
 
 
-async def with_loads(workers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+async def with_loads(workers: list[dict[str, Any]], tls: Tls | None = None) -> list[dict[str, Any]]:
     """The same descriptions with `load`: an object of FIELDS, or None for a worker that doesn't answer and for
-    gateways, which have no engine.
+    gateways, which have no engine. `tls`: how to call them.
     """
-    loads = await asyncio.gather(*(_load_of(worker) for worker in workers))
+    loads = await asyncio.gather(*(_load_of(worker, tls) for worker in workers))
     return [{**worker, "load": load} for worker, load in zip(workers, loads, strict=True)]
 
 
-async def _load_of(worker: dict[str, Any]) -> dict[str, Any] | None:
+async def _load_of(worker: dict[str, Any], tls: Tls | None) -> dict[str, Any] | None:
     if worker["role"] == "gateway" or not worker["address"]:
         return None
     try:
-        load = await first_report(worker["role"], worker["address"])
+        load = await first_report(worker["role"], worker["address"], tls)
     except (grpc.RpcError, StopAsyncIteration):
         return None
     return {field: getattr(load, field) for field in FIELDS}
 
 
-async def first_report(role: str, address: str) -> types_pb2.WorkerLoad:
+async def first_report(role: str, address: str, tls: Tls | None = None) -> types_pb2.WorkerLoad:
     """A prefill or decode worker's load now. Raises grpc.RpcError (after LOAD_SECONDS at most) or StopAsyncIteration
     when it gives none.
     """
-    async with open_channel(address) as channel:
+    async with open_service_channel(address, role, tls) as channel:
         call: Any
         if role == "prefill":
             prefill = prefill_pb2_grpc.PrefillServiceStub(channel)

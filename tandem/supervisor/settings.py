@@ -12,6 +12,7 @@ from typing import Literal
 import tandem
 from tandem.errors import ConfigError
 from tandem.service.address import Address
+from tandem.service.tls import TlsFiles
 
 Role = Literal["prefill", "decode", "gateway"]
 MODULES: dict[Role, str] = {"prefill": "prefill_service", "decode": "decode_service", "gateway": "gateway"}
@@ -62,6 +63,9 @@ class UpSettings:
     max_queue: int | None = None
     default_timeout: float | None = None
     log_level: str = "warning"
+    tls: TlsFiles | None = None
+    tls_client_auth: str = "none"
+    api_keys: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError, with the flag's name, for numbers that can't work."""
@@ -73,6 +77,8 @@ class UpSettings:
         check_count("decode", self.decode)
         if not 1 <= self.gateways <= MAX_WORKERS:
             raise ConfigError(f"--gateways: must be 1 to {MAX_WORKERS}, got {self.gateways}")
+        if self.tls is None and self.tls_client_auth != "none":
+            raise ConfigError("--tls-client-auth: it needs --tls-cert, --tls-key and --tls-ca")
         for flag, address in (("--gateway", self.gateway), ("--http", self.http)):
             if address.port and address.port + self.gateways - 1 > 65535:
                 raise ConfigError(f"{flag}: no room for {self.gateways} ports from {address.port}")
@@ -113,7 +119,7 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--log-level": settings.log_level,
     }
     switches = {"--no-prefix-cache": settings.prefix_cache, "--no-share-weights": settings.share_weights}
-    return _flags(values) + [flag for flag, on in switches.items() if not on]
+    return _flags({**values, **_tls(settings)}) + [flag for flag, on in switches.items() if not on]
 
 
 def gateway_arguments(settings: UpSettings, listen: Address, http: Address, workers_file: Path) -> list[str]:
@@ -128,8 +134,15 @@ def gateway_arguments(settings: UpSettings, listen: Address, http: Address, work
         "--local-prefill-threshold": settings.local_prefill_threshold,
         "--drain-grace": settings.drain_grace,
         "--log-level": settings.log_level,
+        "--tls-client-auth": settings.tls_client_auth if settings.tls is not None else None,
+        "--api-keys": settings.api_keys,
     }
-    return _flags(values)
+    return _flags({**values, **_tls(settings)})
+
+
+def _tls(settings: UpSettings) -> dict[str, object]:
+    files = settings.tls
+    return {"--tls-cert": files.cert, "--tls-key": files.key, "--tls-ca": files.ca} if files is not None else {}
 
 
 def command_line(role: Role, arguments: list[str]) -> list[str]:

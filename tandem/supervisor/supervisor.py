@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tandem import errors
-from tandem.client import AsyncClient
 from tandem.errors import ConfigError, InvalidRequestError, UnavailableError
 from tandem.service.address import Address, parse
-from tandem.service.channel import open_channel
+from tandem.service.channel import open_service_channel
+from tandem.service.tls import ROLE_NAMES, Tls
 from tandem.supervisor.control import ControlServer
+from tandem.supervisor.listing import listed
 from tandem.supervisor.load import with_loads
 from tandem.supervisor.process import LogLine
 from tandem.supervisor.runtime import Instance, answers, control_socket
@@ -43,6 +43,9 @@ class Supervisor:
         """`log` takes workers' log lines; `progress` what to tell a waiting person."""
         self.settings = settings
         self._log, self._progress = log, progress
+        # Before anything is started: every service gets this certificate, so it must have the names of all.
+        found = [Tls(settings.tls, name) for name in ROLE_NAMES.values()] if settings.tls is not None else []
+        self._tls = found[0] if found else None
         self._instance = Instance()
         self._control: ControlServer | None = None
         self._slots: dict[Role, list[Slot]] = {"gateway": [], "prefill": [], "decode": []}
@@ -67,7 +70,7 @@ class Supervisor:
             self._slots[role] = [self._slot(role, index) for index in range(count)]
         await self._start_all()
         self._progress("waiting for the gateway to see its workers")
-        await asyncio.gather(*(self._serving(str(address)) for address in self.gateways))
+        await asyncio.gather(*(self._serving(*each) for each in zip(self.gateways, self.https, strict=True)))
         self._control = ControlServer(control_socket(self.gateways[0].port), self._handle)
         await self._control.start()
 
@@ -143,7 +146,7 @@ class Supervisor:
         elif command != "status":
             raise InvalidRequestError(f"unknown command {command!r}; allowed are status and scale", field="command")
         status = self.status()
-        return {**status, "workers": await with_loads(status["workers"])}
+        return {**status, "workers": await with_loads(status["workers"], self._tls)}
 
     async def _start_slot(self, slot: Slot) -> None:
         began = time.monotonic()
@@ -158,26 +161,24 @@ class Supervisor:
         await asyncio.gather(*(slot.stop(self._grace()) for slot in gone))
         self._slots[role] = [slot for slot in self._slots[role] if slot not in gone]
 
-    async def _serving(self, gateway: str) -> None:
+    async def _serving(self, gateway: Address, http: Address) -> None:
         """Waits until a gateway's health is SERVING and it knows its workers."""
         deadline = time.monotonic() + SERVING_SECONDS
-        while not await self._serves(gateway):
+        while not await self._serves(gateway, http):
             if time.monotonic() > deadline:
                 raise UnavailableError(f"gateway {gateway} does not serve after {SERVING_SECONDS:.0f} s; see the log")
             await asyncio.sleep(0.05)
 
-    async def _serves(self, gateway: str) -> bool:
+    async def _serves(self, gateway: Address, http: Address) -> bool:
         try:
-            async with open_channel(gateway) as channel:
+            async with open_service_channel(str(gateway), "gateway", self._tls) as channel:
                 answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
-            if answer.status != health_pb2.HealthCheckResponse.SERVING:
-                return False
-            async with AsyncClient(gateway, timeout=2) as client:
-                models = await client.models()
-        except (grpc.RpcError, errors.TandemError):
+        except grpc.RpcError:
+            return False
+        if answer.status != health_pb2.HealthCheckResponse.SERVING:
             return False
         wanted = (self.settings.prefill, self.settings.decode)
-        return any(m.prefill_workers >= wanted[0] and m.decode_workers >= wanted[1] for m in models)
+        return any(prefill >= wanted[0] and decode >= wanted[1] for prefill, decode in await listed(http))
 
     def _slot(self, role: Role, index: int) -> Slot:
         def arguments() -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any
 import grpc
 import pytest
 from decode_rig import (
+    BLOCK,
+    LAYOUT,
     FakePrefill,
     TransferEnded,
     eventually,
@@ -61,6 +63,29 @@ async def test_a_request_that_ends_at_once_does_not_spoil_its_transfer(monkeypat
         assert (await call.read_to_end()).ids() == expected_tokens(call.record)
         assert await sending, "it did commit"
         await rig.all_free()
+        assert rig.value("tandem_nixl_num_failed_transfers_total") == 0
+
+
+async def test_a_transfer_counts_from_its_commit_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short request is over, and its transfer cancelled, before the sender has the answer: the bytes came anyway."""
+    async with running_rig() as rig:
+        sender = FakePrefill(rig, "memory")
+        call = await rig.call(record_of(9, max_tokens=3), local=False)
+        answer = transfer_servicer._Transfer._answer
+
+        async def never(self: Any, message: Any) -> None:
+            if isinstance(message, Committed):
+                await asyncio.Event().wait()
+            await answer(self, message)
+
+        monkeypatch.setattr(transfer_servicer._Transfer, "_answer", never)
+        sending = asyncio.create_task(sender.send(call.admitted, call.record))
+        assert (await call.read_to_end()).ids() == expected_tokens(call.record)
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        await rig.all_free()
+        moved = len(call.record.prompt) // BLOCK + 1
+        assert rig.value("tandem_nixl_bytes_transferred_total") == moved * LAYOUT.block_bytes
         assert rig.value("tandem_nixl_num_failed_transfers_total") == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 import urllib.error
@@ -420,8 +421,11 @@ async def test_health_and_metrics(cluster: Cluster, serve: Any) -> None:
     assert 'tandem_generation_tokens_total{role="gateway"} 3.0' in text
     assert 'tandem_request_success_total{finished_reason="length",role="gateway"} 1.0' in text
     assert 'tandem_time_to_first_token_seconds_count{role="gateway"} 1.0' in text
+    listing = json.loads((await asyncio.to_thread(_get, address, "/workers"))[1])
+    assert listing == {"models": [{"model": "tiny", "model_id": "m" * 64, "prefill_workers": 0, "decode_workers": 1}]}
     await worker.stop()
     await until(lambda: not pool.serving)
+    assert (await asyncio.to_thread(_get, address, "/workers"))[1] == '{"models": []}\n'
     assert (await asyncio.to_thread(_get, address, "/healthz"))[0] == 503
     assert (await asyncio.to_thread(_get, address, "/nothing"))[0] == 404
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -197,7 +197,7 @@ stop.wait(60)
 '''
 
 GATEWAY = '''
-"""Stands in for the gateway: serves health and ListModels with as many workers as its workers file names."""
+"""Stands in for the gateway: serves health, and lists as many workers as its workers file names."""
 import argparse, asyncio, json, os, sys
 from tandem.service import server
 from tandem.v1 import inference_pb2 as pb, inference_pb2_grpc as pb_grpc
@@ -210,18 +210,22 @@ def note(**what):
         log.write(json.dumps(what) + "\\n")
 note(event="start", role="gateway", pid=os.getpid(), argv=sys.argv[1:])
 class Fake(pb_grpc.InferenceServiceServicer):
-    async def ListModels(self, request, context):
-        workers = json.load(open(flags.workers_file))
-        return pb.ListModelsResponse(models=[pb.Model(
-            name="fake", prefill_workers=len(workers["prefill"]), decode_workers=len(workers["decode"]))])
     async def GenerateStream(self, request, context):
         yield pb.GenerateStreamResponse(delta=pb.ChoiceDelta(text="It is Paris."))
+async def list_workers(reader, writer):
+    await reader.readuntil(b"\\r\\n\\r\\n")
+    workers = json.load(open(flags.workers_file))
+    models = [dict(prefill_workers=len(workers["prefill"]), decode_workers=len(workers["decode"]))]
+    writer.write(b"HTTP/1.1 200 OK\\r\\n\\r\\n" + json.dumps(dict(models=models)).encode())
+    writer.close()
 async def main():
+    http = await asyncio.start_server(list_workers, "127.0.0.1", 0)
     shell = server.ServerShell("gateway", flags.listen)
     pb_grpc.add_InferenceServiceServicer_to_server(Fake(), shell.server)
     address = await shell.start()
     shell.set_serving(True)
-    print(json.dumps(dict(event="ready", role="gateway", address=address, http="127.0.0.1:3")), flush=True)
+    print(json.dumps(dict(event="ready", role="gateway", address=address,
+                          http="127.0.0.1:%d" % http.sockets[0].getsockname()[1])), flush=True)
     async def drain(grace):
         note(event="stop", role="gateway", pid=os.getpid())
     return await shell.run_until_signal(drain, 1)

@@ -14,10 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
+from certificates import Issued
 
 from tandem.errors import ConfigError, InvalidRequestError, UnavailableError
 from tandem.service.address import Address
+from tandem.service.tls import TlsFiles
 from tandem.supervisor import control, runtime, slot
+from tandem.supervisor.listing import listed
 from tandem.supervisor.settings import UpSettings
 from tandem.supervisor.supervisor import Supervisor
 
@@ -64,6 +67,56 @@ async def up(fake_services: Path) -> AsyncIterator[Up]:
     for supervisor in made:
         supervisor.kill()
         await supervisor.stop()
+
+
+def following(argv: list[str], flag: str) -> str | None:
+    return argv[argv.index(flag) + 1] if flag in argv else None
+
+
+async def test_certificates_and_keys_reach_the_services(up: Up, fake_services: Path, all_roles: Issued) -> None:
+    """The same files for all; keys and clients' certificates are the gateway's matter. Wrong files start nothing."""
+    files = TlsFiles(all_roles.cert, all_roles.key, all_roles.ca)
+    with pytest.raises(ConfigError, match="--tls-key"):
+        up(tls=TlsFiles(all_roles.cert, all_roles.ca, all_roles.ca))
+    with pytest.raises(ConfigError, match="--tls-client-auth"):
+        settings(tls_client_auth="required")
+    supervisor = up(tls=files, tls_client_auth="required", api_keys=Path("/keys.json"))
+    starting = asyncio.create_task(supervisor.start())
+    await until(lambda: len(events(fake_services, event="start")) == 3)
+    starting.cancel()  # the fake gateway speaks no TLS
+    await asyncio.gather(starting, return_exceptions=True)
+    for event in events(fake_services, event="start"):
+        argv, gateway = event["argv"], event["role"] == "gateway"
+        assert following(argv, "--tls-cert") == str(files.cert)
+        assert following(argv, "--tls-key") == str(files.key)
+        assert following(argv, "--tls-ca") == str(files.ca)
+        assert following(argv, "--tls-client-auth") == ("required" if gateway else None)
+        assert following(argv, "--api-keys") == ("/keys.json" if gateway else None)
+
+
+async def test_listing_a_gateway_that_answers_otherwise() -> None:
+    """Nothing there, no HTTP, another status, no JSON: no workers are seen, and nothing is raised."""
+    assert await listed(Address("127.0.0.1", 1)) == []
+    answers = [
+        b"",
+        b"hello",
+        b"HTTP/1.1 404 Not Found\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+    ]
+    good = b'HTTP/1.1 200 OK\r\n\r\n{"models": [{"prefill_workers": 2, "decode_workers": 3}]}'
+    left = [*answers, good]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(left.pop(0))
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        http = Address(*server.sockets[0].getsockname()[:2])
+        assert [await listed(http) for _ in answers] == [[]] * len(answers)
+        assert await listed(http) == [(2, 3)]
 
 
 async def test_starts_serves_and_stops_in_order(up: Up, fake_services: Path) -> None:
