@@ -14,10 +14,10 @@ from kv_transfer.conversion import convert
 from kv_transfer.messages import Offer
 from kv_transfer.plan import Piece, TransferPlan
 from kv_transfer.pool import PoolMemory
+from kv_transfer.ranks import RankViews, offer_of_rank
 from kv_transfer.staging import StagingPool
-from kv_transfer.transport import SourceView
 from tandem.errors import InvalidRequestError
-from tandem.kv_layout import staged_bytes
+from tandem.kv_layout import KvLayout, staged_bytes
 
 PIECE_BYTES = 1 << 20
 """Of the sender's blocks, about what is staged at once: it should still be in the CPU's cache when it is converted."""
@@ -26,40 +26,45 @@ PIECE_BYTES = 1 << 20
 class Landing:
     """For one transfer. Thread-safe: every reader's block comes whole in one offer, so copies don't meet."""
 
-    def __init__(self, plan: TransferPlan, pool: PoolMemory, staging: StagingPool) -> None:
-        """`pool` is the reader's."""
+    def __init__(self, plan: TransferPlan, pools: Sequence[PoolMemory], staging: StagingPool) -> None:
+        """`pools` are the reader's, one a rank."""
         self._plan = plan
-        self._pool = pool
+        self._pools = tuple(pools)
         self._staging = staging
 
-    def land(self, view: SourceView, offer: Offer, target_blocks: Sequence[int], stop: Callable[[], bool]) -> None:
+    def land(self, views: RankViews, offer: Offer, target_blocks: Sequence[int], stop: Callable[[], bool]) -> None:
         """Bring an offer's tokens into `target_blocks`. Blocking; raises what `SourceView.copy` raises."""
-        if self._plan.direct:
-            view.copy(offer, self._pool, target_blocks, stop)
-            return
-        _check_payload(offer, self._plan.source.block_bytes)
-        block_bytes = self._plan.source.block_bytes
-        most = max(PIECE_BYTES, staged_bytes(self._plan.source, self._plan.target), block_bytes)
-        with self._staging.slot(most // block_bytes, block_bytes) as slot:
-            for piece in self._plan.pieces(offer.token_start, offer.token_end, most):
-                self._land_piece(view, offer, piece, target_blocks, slot, stop)
-
-    def _land_piece(
-        self,
-        view: SourceView,
-        offer: Offer,
-        piece: Piece,
-        target_blocks: Sequence[int],
-        slot: PoolMemory,
-        stop: Callable[[], bool],
-    ) -> None:
         plan = self._plan
-        first = piece.target_block - offer.token_start // plan.target.block_size
+        _check_payload(offer, plan.source)
+        if plan.direct:
+            for rank, view in enumerate(views.ranks):
+                view.copy(self._of_rank(offer, rank), self._pools[rank], target_blocks, stop)
+            return
+        most = max(PIECE_BYTES, staged_bytes(plan.source, plan.target))
+        blocks = most // plan.source.block_bytes
+        with self._staging.slot(blocks, plan.source.block_bytes) as slot:
+            for rank, view in enumerate(views.ranks):
+                of_rank = self._of_rank(offer, rank)
+                for piece in plan.pieces(offer.token_start, offer.token_end, most):
+                    view.copy(_part_of(of_rank, piece, plan), slot, range(piece.source_blocks), stop)
+                    self._convert(piece, rank, slot, target_blocks, offer.token_start)
+
+    def _of_rank(self, offer: Offer, rank: int) -> Offer:
+        source = self._plan.source
+        return offer if source.tp_size == 1 else offer_of_rank(offer, rank, source.block_bytes)
+
+    def _convert(
+        self, piece: Piece, source_rank: int, slot: PoolMemory, target_blocks: Sequence[int], token_start: int
+    ) -> None:
+        """A piece of one of the sender's ranks, into whichever of the reader's ranks have its heads."""
+        plan = self._plan
+        first = piece.target_block - token_start // plan.target.block_size
         into = target_blocks[first : first + piece.target_blocks]
-        view.copy(_part_of(offer, piece, plan), slot, range(piece.source_blocks), stop)
         staged = slot.buffer[: piece.source_blocks * plan.source.block_bytes]
-        for run in plan.heads[0]:
-            convert(plan, piece, run, staged, self._pool.buffer, into)
+        for pool, runs in zip(self._pools, plan.heads, strict=True):
+            for run in runs:
+                if run.source_rank == source_rank:
+                    convert(plan, piece, run, staged, pool.buffer, into)
 
 
 def _part_of(offer: Offer, piece: Piece, plan: TransferPlan) -> Offer:
@@ -77,11 +82,12 @@ def _part_of(offer: Offer, piece: Piece, plan: TransferPlan) -> Offer:
     )
 
 
-def _check_payload(offer: Offer, block_bytes: int) -> None:
-    """What a piece's own copy can't see: bytes or checksums behind those of all blocks."""
-    count = len(offer.blocks)
-    if len(offer.payload) > count * block_bytes or len(offer.checksums) > count:
+def _check_payload(offer: Offer, source: KvLayout) -> None:
+    """What the copy of one piece or rank can't see: bytes or checksums behind those of all blocks."""
+    count = len(offer.blocks) * source.tp_size
+    if len(offer.payload) > count * source.block_bytes or len(offer.checksums) > count:
         raise InvalidRequestError(
-            f"{len(offer.payload)} bytes and {len(offer.checksums)} checksums for {count} blocks of {block_bytes}",
+            f"{len(offer.payload)} bytes and {len(offer.checksums)} checksums for {count} blocks of "
+            f"{source.block_bytes} bytes",
             field="offer.payload",
         )

@@ -24,6 +24,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from kv_transfer.messages import Open
+from kv_transfer.ranks import split_endpoint
 from tandem.errors import InvalidRequestError, PermissionDeniedError
 
 MOST_SENDERS = 4096
@@ -48,8 +49,8 @@ class _Sender:
     identity: Identity
     secret: bytes = field(repr=False)
     """SHA-256 of the secret, or empty."""
-    endpoints: dict[str, bytes] = field(default_factory=dict)
-    """SHA-256 of the endpoint by transport."""
+    endpoints: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
+    """SHA-256 of the endpoints, one a rank, by transport."""
 
 
 class SenderTable:
@@ -77,24 +78,25 @@ class SenderTable:
 
     def bind(self, identity: Identity, opening: Open) -> None:
         """After the connection: from now on the sender is this. Raises as `check` does."""
-        endpoint = _digest(opening.endpoint)
+        endpoints = _digests(opening)
         with self._lock:
             self._check(identity, opening)
             sender = self._senders.get(opening.source_incarnation)
             if sender is None:
                 sender = self._senders[opening.source_incarnation] = _Sender(identity, _digest(opening.secret))
             sender.identity = identity
-            sender.endpoints[opening.transport] = endpoint
-            if opening.endpoint:
+            sender.endpoints[opening.transport] = endpoints
+            for endpoint in filter(None, endpoints):
                 self._owners[opening.transport, endpoint] = opening.source_incarnation
             self._senders.move_to_end(opening.source_incarnation)
             self._forget_oldest()
 
     def _check(self, identity: Identity, opening: Open) -> None:
-        endpoint = _digest(opening.endpoint)
-        owner = self._owners.get((opening.transport, endpoint)) if opening.endpoint else None
-        if owner is not None and owner != opening.source_incarnation:
-            raise _mismatch(opening, f"presents the {opening.transport} endpoint of incarnation {owner!r}")
+        endpoints = _digests(opening)
+        for endpoint in filter(None, endpoints):
+            owner = self._owners.get((opening.transport, endpoint), opening.source_incarnation)
+            if owner != opening.source_incarnation:
+                raise _mismatch(opening, f"presents the {opening.transport} endpoint of incarnation {owner!r}")
         sender = self._senders.get(opening.source_incarnation)
         if sender is None:
             return
@@ -107,15 +109,16 @@ class SenderTable:
                 opening, "came with another certificate, and without a secret that would tell a renewed one"
             )
         known = sender.endpoints.get(opening.transport)
-        if known is not None and not hmac.compare_digest(known, endpoint):
+        if known is not None and known != endpoints:
             raise _mismatch(opening, f"had another endpoint for {opening.transport} before")
 
     def _forget_oldest(self) -> None:
         while len(self._senders) > self._most:
             incarnation, sender = self._senders.popitem(last=False)
-            for item in sender.endpoints.items():
-                if self._owners.get(item) == incarnation:
-                    del self._owners[item]
+            for transport, endpoints in sender.endpoints.items():
+                for endpoint in endpoints:
+                    if self._owners.get((transport, endpoint)) == incarnation:
+                        del self._owners[transport, endpoint]
 
 
 def _check_sizes(opening: Open) -> None:
@@ -129,6 +132,11 @@ def _check_sizes(opening: Open) -> None:
 
 def _digest(data: bytes) -> bytes:
     return hashlib.sha256(data).digest() if data else b""
+
+
+def _digests(opening: Open) -> tuple[bytes, ...]:
+    """Of each rank's endpoint. Raises InvalidRequestError when they aren't as many as the layout says."""
+    return tuple(_digest(endpoint) for endpoint in split_endpoint(opening.endpoint, opening.layout.tp_size))
 
 
 def _names(identity: Identity) -> str:

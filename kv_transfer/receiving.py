@@ -12,9 +12,10 @@ from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
 from kv_transfer.peers import NOBODY, Identity, SenderTable
 from kv_transfer.plan import TransferPlan, plan_transfer
 from kv_transfer.pool import PoolMemory
+from kv_transfer.ranks import RankViews, connect_ranks
 from kv_transfer.sending import WINDOW
 from kv_transfer.staging import StagingPool
-from kv_transfer.transport import SourceView, TargetTransport
+from kv_transfer.transport import TargetTransport
 from tandem.errors import IncompatibleError, InternalError, InvalidRequestError, StaleError
 from tandem.kv_layout import KvLayout, check_pair, same_numerics
 
@@ -35,12 +36,22 @@ class Receiver:
     """How long a copy waits for one of an earlier attempt."""
     convert_dtype: bool = False
     """Take KV of another dtype, and round."""
+    other_pools: tuple[PoolMemory, ...] = ()
+    """With tensor parallelism: of rank 1 and up."""
     staging: StagingPool = field(default_factory=StagingPool)
 
     def __post_init__(self) -> None:
         """Layout, pool and leases must speak of the same blocks; InternalError otherwise."""
-        if self.layout.block_bytes != self.pool.block_bytes or self.layout.block_size != self.leases.block_size:
-            raise InternalError(f"pool or leases don't fit the layout {self.layout}")
+        sizes = {pool.block_bytes for pool in self.pools}
+        if sizes != {self.layout.block_bytes} or self.layout.block_size != self.leases.block_size:
+            raise InternalError(f"pools or leases don't fit the layout {self.layout}")
+        if len(self.pools) != self.layout.tp_size:
+            raise InternalError(f"{len(self.pools)} pools for {self.layout.tp_size} ranks")
+
+    @property
+    def pools(self) -> tuple[PoolMemory, ...]:
+        """One a rank."""
+        return (self.pool, *self.other_pools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ class ReceiveSession:
         self._lock = threading.Lock()
         self._lease: Lease | None = None
         self._attempt = 0
-        self._view: SourceView | None = None
+        self._views: RankViews | None = None
         self._plan: TransferPlan | None = None
         self._closed = False
         self._offers: list[Offer] = []
@@ -95,12 +106,12 @@ class ReceiveSession:
         lease.begin(message.attempt)
         self._lease, self._attempt = lease, message.attempt
         self._next_token = lease.needed_start
-        view = transport.connect(message.endpoint, message.source_incarnation, message.layout)
+        views = connect_ranks(transport, message.endpoint, message.source_incarnation, message.layout)
         with self._lock:
-            self._view = view
+            self._views = views
             closed = self._closed
         if closed:
-            view.close()
+            views.close()
             raise StaleError("the transfer ended while it connected", reason="TRANSFER_OVER")
         # Only now: what nobody could connect to must not stand against the real sender.
         self._receiver.senders.bind(self._identity, message)
@@ -167,14 +178,14 @@ class ReceiveSession:
 
         Raises what `Landing.land` and `Lease.copying` raise; StaleError if the attempt ended meanwhile.
         """
-        view, lease, here = self._require_view(), self.lease, self._receiver
-        landing = Landing(self._require_plan(), here.pool, here.staging)
+        views, lease, here = self._require_views(), self.lease, self._receiver
+        landing = Landing(self._require_plan(), here.pools, here.staging)
         with lease.copying(self._attempt, self._receiver.copy_wait_seconds) as superseded:
 
             def stop() -> bool:
                 return self._closed or superseded()
 
-            landing.land(view, plan.offer, plan.target_blocks, stop)
+            landing.land(views, plan.offer, plan.target_blocks, stop)
         return self.finish_offer(plan)
 
     def finish_offer(self, plan: CopyPlan) -> Ack:
@@ -197,13 +208,13 @@ class ReceiveSession:
         if not lease.is_current(self._attempt):
             # Never current again, so this changes nothing: ALREADY if another attempt committed, else StaleError.
             return Committed(already_committed=lease.commit(self._attempt) is CommitResult.ALREADY)
-        view = self._require_view()
+        views = self._require_views()
         self._check_commit(message, lease)
         with self._lock:
             if self._pending:
                 raise InternalError(f"commit while {len(self._pending)} offers are being copied")
         for offer in self._offers:
-            view.verify(offer)
+            views.verify(offer)
         return Committed(already_committed=lease.commit(self._attempt) is CommitResult.ALREADY)
 
     def _check_commit(self, message: Commit, lease: Lease) -> None:
@@ -224,11 +235,11 @@ class ReceiveSession:
         assert self._plan is not None
         return self._plan
 
-    def _require_view(self) -> SourceView:
+    def _require_views(self) -> RankViews:
         with self._lock:
-            if self._view is None or self._closed:
+            if self._views is None or self._closed:
                 raise StaleError("the transfer isn't open", reason="TRANSFER_OVER")
-            return self._view
+            return self._views
 
     def close(self) -> None:
         """The stream ended: no more copies begin, those in flight stop at the next block.
@@ -237,6 +248,6 @@ class ReceiveSession:
         """
         with self._lock:
             self._closed = True
-            view = self._view
-        if view is not None:
-            view.close()
+            views = self._views
+        if views is not None:
+            views.close()

@@ -45,7 +45,9 @@ class TransferOpen(_message.Message):
     transport: _builtins.str
     """shm or grpc."""
     endpoint: _builtins.bytes
-    """Where the receiver finds the sender's pool; empty when the bytes ride in the stream."""
+    """Where the receiver finds the sender's pool; empty when the bytes ride in the stream. Of several ranks: each one's, behind its
+    length (little-endian, 4 bytes).
+    """
     source_secret: _builtins.bytes
     """Random, of the sender's process, told in this message alone: transfers with one secret come from one process. The receiver
     takes an incarnation's later transfers only with the same secret and the same endpoints.
@@ -95,7 +97,7 @@ class TransferOffer(_message.Message):
     """Tokens covered; starts at a block boundary of the receiver, perhaps inside the first of `blocks`."""
     token_end: _builtins.int
     payload: _builtins.bytes
-    """The blocks' bytes one after another, when they ride in the stream."""
+    """The blocks' bytes one after another, rank after rank, when they ride in the stream."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids in the sender's pool and their generations at the time of the offer."""

@@ -59,7 +59,7 @@ def write_tokens(
         for place, block in enumerate(blocks):
             part = own[:, :, :, place * size : (place + 1) * size]
             if not part.shape[3]:
-                return
+                break
             padded = torch.zeros_like(block_tensor(pool, layout, block))
             padded[:, :, :, : part.shape[3]] = part
             block_tensor(pool, layout, block).copy_(to_paired(padded) if layout.order == PAIRED_ORDER else padded)

@@ -368,7 +368,7 @@ def test_what_ends_during_a_copy_is_not_acknowledged(ends: Any, monkeypatch: pyt
     send.ready(8, [0, 1])
     plan = receive.on_offer(send.next_offer())
     endings = {"session": receive.close, "lease": lease.close, "retarget": lambda: lease.retarget(1)}
-    view = receive._view
+    (view,) = receive._views.ranks
     plain = view.copy
 
     def copy_then_end(*args: Any) -> None:

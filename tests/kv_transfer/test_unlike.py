@@ -89,7 +89,7 @@ def test_other_dtypes_with_the_flag(transport: str, first: str, second: str) -> 
         ends.write(codes)
         lease = ends.grant(16, 75)
         ends.send(lease, [10, 50, 75])
-        got = read_values([ends.target_pool], target, lease.blocks, 59)
+        got = read_values(ends.target_pools, target, lease.blocks, 59)
         error = (got - values[:, :, :, 16:]).abs()
         assert (error <= values.abs().max() * {"bfloat16": 2**-8, "float8_e4m3": 2**-4, "float32": 0}[second]).all()
         assert got.any()

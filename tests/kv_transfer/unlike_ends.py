@@ -11,6 +11,7 @@ from pools_of_tokens import read_codes, write_tokens
 
 from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.pool import LocalPool, PoolMemory, SharedPool
+from kv_transfer.ranks import RankedSource
 from kv_transfer.registry import source_transport, target_transport
 from kv_transfer.session import Receiver, ReceiveSession, Sender, SendSession
 from kv_transfer.transport import SourceTransport, TargetTransport
@@ -26,8 +27,9 @@ class Unlike:
 
     source_layout: KvLayout
     target_layout: KvLayout
-    source_pool: PoolMemory
-    target_pool: PoolMemory
+    source_pools: list[PoolMemory]
+    """One a rank, as of the receiver's."""
+    target_pools: list[PoolMemory]
     source: SourceTransport
     target: TargetTransport
     receiver: Receiver
@@ -35,17 +37,21 @@ class Unlike:
     sender_numerics: str = "exact"
 
     @property
+    def source_pool(self) -> PoolMemory:
+        return self.source_pools[0]
+
+    @property
     def source_blocks(self) -> list[int]:
         return list(range(NUM_BLOCKS))[::-1]
 
     def write(self, codes: torch.Tensor) -> None:
         """The whole sequence, as the sender computed it."""
-        write_tokens([self.source_pool], self.source_layout, self.source_blocks, codes)
+        write_tokens(self.source_pools, self.source_layout, self.source_blocks, codes)
 
     def read(self, lease: Lease) -> torch.Tensor:
         """The needed tokens' codes as they arrived."""
         tokens = lease.needed_end - lease.needed_start
-        return read_codes([self.target_pool], self.target_layout, lease.blocks, tokens)
+        return read_codes(self.target_pools, self.target_layout, lease.blocks, tokens)
 
     def grant(self, start: int, end: int) -> Lease:
         blocks = range(self.target_layout.blocks_for(end - start))
@@ -85,15 +91,28 @@ def record() -> Record:
 def unlike_ends(name: str, source: KvLayout, target: KvLayout, *, convert_dtype: bool = False) -> Iterator[Unlike]:
     """Both ends over transport `name`."""
     pool_type: Callable[[int, int], PoolMemory] = SharedPool if name == "shm" else LocalPool
-    source_pool, target_pool = pool_type(NUM_BLOCKS, source.block_bytes), LocalPool(NUM_BLOCKS, target.block_bytes)
-    sending, receiving = source_transport(name, source_pool, "source-1"), target_transport(name)
+    source_pools = [pool_type(NUM_BLOCKS, source.block_bytes) for _ in range(source.tp_size)]
+    target_pools: list[PoolMemory] = [LocalPool(NUM_BLOCKS, target.block_bytes) for _ in range(target.tp_size)]
+    ends = [source_transport(name, pool, "source-1") for pool in source_pools]
+    sending: SourceTransport = ends[0] if len(ends) == 1 else RankedSource(ends)
+    receiving = target_transport(name)
     leases = LeaseTable("target-1", target.block_size)
-    receiver = Receiver(leases, target_pool, target, "model", "exact", {name: receiving}, convert_dtype=convert_dtype)
+    receiver = Receiver(
+        leases,
+        target_pools[0],
+        target,
+        "model",
+        "exact",
+        {name: receiving},
+        convert_dtype=convert_dtype,
+        other_pools=tuple(target_pools[1:]),
+    )
     try:
-        yield Unlike(source, target, source_pool, target_pool, sending, receiving, receiver)
+        yield Unlike(source, target, source_pools, target_pools, sending, receiving, receiver)
         assert receiver.staging.idle
     finally:
         sending.close()
         receiving.close()
-        if isinstance(source_pool, SharedPool):
-            source_pool.close()
+        for pool in source_pools:
+            if isinstance(pool, SharedPool):
+                pool.close()
