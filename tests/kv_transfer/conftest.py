@@ -20,10 +20,6 @@ from kv_transfer.transport import SourceTransport, TargetTransport
 from tandem.kv_layout import KvLayout
 from tandem.record import OutputState, Record, SamplingParams, StopRules
 
-_HERE = str(Path(__file__).parent)
-if _HERE not in sys.path:  # helper modules: importlib mode leaves sys.path alone
-    sys.path.insert(0, _HERE)
-
 LAYOUT = KvLayout(block_size=4, dtype="float32", num_layers=2, num_kv_heads=3, head_dim=8)
 NUM_BLOCKS = 32
 
@@ -183,6 +179,24 @@ def mapped_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def nixl_ends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
     """Two workers over NIXL."""
     yield from _made(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[*MAPPED, "grpc", "nixl-fake"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of each transport in turn, for tests that make their own ends."""
+    return _name_of(request.param, monkeypatch)
+
+
+@pytest.fixture(params=ALL)
+def any_transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As `transport`, with the real NIXL wherever it is installed: it takes longer to start."""
+    return _name_of(request.param, monkeypatch)
+
+
+def _name_of(variant: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if variant == "nixl-fake":
+        use_fake_nixl(monkeypatch)
+    return variant.split("-")[0]
 
 
 @pytest.fixture

@@ -32,11 +32,6 @@ EIGHT = replace(LAYOUT, num_kv_heads=8)
 THREE = replace(LAYOUT, num_kv_heads=3)
 
 
-@pytest.fixture(params=["memory", "shm", "grpc"])
-def transport(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.mark.parametrize(
     ("source", "target"),
     [
@@ -66,12 +61,12 @@ def test_every_head_reaches_its_rank(transport: str, source: KvLayout, target: K
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
-def test_scales_travel_with_their_heads(transport: str, dtype: str) -> None:
+def test_scales_travel_with_their_heads(any_transport: str, dtype: str) -> None:
     """Exact from wide blocks to narrow ones, over other ranks; within the format's error from bfloat16 and back."""
     source = with_ranks(replace(LAYOUT, dtype=dtype, block_size=32), 2)
     target = with_ranks(replace(LAYOUT, dtype=dtype), 3)
     codes = random_tokens(source, 75)
-    with unlike_ends(transport, source, target) as ends:
+    with unlike_ends(any_transport, source, target) as ends:
         ends.write(codes)
         lease = ends.grant(0, 75)
         ends.send(lease, [75])

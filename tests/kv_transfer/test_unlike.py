@@ -18,13 +18,7 @@ from tandem.errors import DataCorruptionError, IncompatibleError, InternalError,
 from tandem.kv_layout import PAIRED_ORDER, KvLayout, staged_bytes
 
 LAYOUT = KvLayout(block_size=16, dtype="bfloat16", num_layers=2, num_kv_heads=3, head_dim=8)
-TRANSPORTS = ["memory", "shm", "grpc"]
 SIZES = [(16, 32), (32, 16), (16, 24), (24, 16), (5, 7), (256, 16), (1, 16)]
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -67,9 +61,9 @@ PLAIN, PAIRED = LAYOUT.order, PAIRED_ORDER
     ],
     ids=lambda pair: " to ".join(f"{one.block_size}{'p' if one.order == PAIRED else ''}" for one in pair),
 )
-def test_other_orders(transport: str, layouts: tuple[KvLayout, KvLayout]) -> None:
+def test_other_orders(any_transport: str, layouts: tuple[KvLayout, KvLayout]) -> None:
     codes = random_tokens(LAYOUT, 91)
-    with unlike_ends(transport, *layouts) as ends:
+    with unlike_ends(any_transport, *layouts) as ends:
         ends.write(codes)
         lease = ends.grant(layouts[1].block_size, 91)
         ends.send(lease, [33, 91])
