@@ -120,11 +120,14 @@ class Access:
 
 
 def certificate_tenant(peer: Peer) -> str:
-    """`cert:NAME`, by the first URI, DNS name or common name of a certificate. Raises UnauthenticatedError."""
-    name = next(iter([*peer.uris, *sorted(peer.dns_names), peer.common_name]), "")
-    if not peer.known or not name:
+    """`cert:NAME` by the first URI or DNS name of a certificate, or `cn:NAME`. Raises UnauthenticatedError.
+
+    Common names are apart, because authorities that check the others may take those as they come.
+    """
+    name = next(iter([*peer.uris, *sorted(peer.dns_names)]), "")
+    if not peer.known or not (name or peer.common_name):
         raise UnauthenticatedError("a client certificate with a name is needed", reason="NO_CERTIFICATE")
-    return f"cert:{name}"
+    return f"cert:{name}" if name else f"cn:{peer.common_name}"
 
 
 def _bearer(metadata: Iterable[tuple[str, Any]]) -> bytes:

@@ -29,6 +29,7 @@ INFO_TIMEOUT = 3.0
 RETRY_PAUSE = 0.2
 OLD_CHANNEL_SECONDS = 3600.0
 """Most that calls on a channel with an earlier certificate may go on."""
+MOST_REASONS = 8
 FEED_PAUSE = 0.5
 """Least seconds between two feeds of one worker."""
 
@@ -44,6 +45,8 @@ class Worker:
         self._changed, self._silence = changed, silence
         self._tls = tls
         self._closing: set[asyncio.Task[None]] = set()
+        self._told: set[str] = set()
+        """Why it can't be reached, as far as that was logged."""
         self._connect()
         self.info = types_pb2.WorkerInfo()
         self.traits = traits_of(self.info)
@@ -103,10 +106,17 @@ class Worker:
             try:
                 await self._follow()
             except Exception as exc:  # whatever it was: a watch that ends would never see the worker again
-                if self.connected:
-                    _log.warning("worker lost", worker_role=self.role, address=self.address, reason=_reason(exc))
+                self._tell(_reason(exc))
             self._set_connected(False)
             await asyncio.sleep(RETRY_PAUSE)
+
+    def _tell(self, reason: str) -> None:
+        """Logs a loss, and why it isn't reached then: each reason once, until it is there again."""
+        if self.connected:
+            _log.warning("worker lost", worker_role=self.role, address=self.address, reason=reason)
+        elif reason not in self._told and len(self._told) < MOST_REASONS:
+            _log.warning("worker can't be reached", worker_role=self.role, address=self.address, reason=reason)
+        self._told.add(reason)
 
     async def _follow(self) -> None:
         async with asyncio.timeout(INFO_TIMEOUT):
@@ -160,6 +170,8 @@ class Worker:
     def _set_connected(self, connected: bool) -> None:
         if connected and not self.connected:
             _log.info("worker ready", worker_role=self.role, address=self.address, incarnation=self.info.incarnation)
+        if connected:
+            self._told.clear()
         self.connected = connected
         self._changed()
 

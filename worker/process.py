@@ -13,13 +13,15 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from tandem.errors import ConfigError
-from tandem.service.logging import configure
+from tandem.service import address as addresses
+from tandem.service.logging import configure, get_logger
 from tandem.service.metrics import Metrics, start_metrics_server
 from tandem.service.server import run
 from tandem.service.tls import ROLE_NAMES, Tls
 from worker.assembly import Assembly
 from worker.flags import Flags
 
+_log = get_logger(__name__)
 OPENMP_SPINS = "2000"
 """How long OpenMP's idle threads spin for the next parallel region: some 20 microseconds, the time between two of one
 step. Its default is milliseconds, of a core that the event loop, the gateway and other workers could use."""
@@ -61,6 +63,10 @@ async def serve(
     assembly = build(engine, metrics_address, metrics, tls)
     try:
         address = await assembly.start()
+        if tls is None and not addresses.parse(address).is_loopback:
+            _log.warning(
+                "prompts and KV travel in clear, and nobody is asked who they are: no --tls-cert", address=address
+            )
         announce(role, address, metrics_address, assembly.worker.identity.incarnation)
         return await assembly.shell.run_until_signal(assembly.worker.drain, flags.drain_grace)
     finally:

@@ -56,7 +56,8 @@ def peer_of(context: Context) -> Peer:
 
 
 def _texts(found: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    return tuple(value.decode("utf-8", "replace") for value in found.get(key, ()))
+    # What is no UTF-8 stays unlike anything else.
+    return tuple(value.decode("utf-8", "backslashreplace") for value in found.get(key, ()))
 
 
 def callers(names: Mapping[str, str]) -> Admit:

@@ -20,6 +20,9 @@ import grpc
 
 from tandem.errors import ConfigError
 from tandem.service.files import Reloaded, check_private, read_bounded
+from tandem.service.logging import get_logger
+
+_log = get_logger(__name__)
 
 ROLE_NAMES = {role: f"tandem-{role}" for role in ("gateway", "prefill", "decode")}
 """The DNS name in the certificate of each service."""
@@ -83,7 +86,6 @@ class Tls:
     def __init__(self, files: TlsFiles, name: str) -> None:
         """`name` is the DNS name that peers look for, of ROLE_NAMES. Raises ConfigError for files that can't work."""
         self.files, self.name = files, name
-        check_private(files.key, "--tls-key")
         paths = (files.cert, files.key, files.ca)
         self._pem = Reloaded(paths, lambda: read_pem(files, name), "the TLS certificate")
 
@@ -145,10 +147,12 @@ def _server_configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
 
 def read_pem(files: TlsFiles, name: str) -> Pem:
     """Reads the files and proves that they work together. Raises ConfigError with the flag's name."""
+    check_private(files.key, "--tls-key")
     pem = _read(files)
-    check_files(files, name)
+    ends = check_files(files, name)
     if _read(files) != pem:
         raise ConfigError(f"--tls-cert: {files.cert} or its key is being replaced just now")
+    _log.info("TLS certificate read", file=str(files.cert), name=name, ends=ends)
     return pem
 
 
@@ -160,15 +164,15 @@ def _read(files: TlsFiles) -> Pem:
     )
 
 
-def check_files(files: TlsFiles, name: str) -> None:
+def check_files(files: TlsFiles, name: str) -> str:
     """A handshake with itself in memory, as server `name` and as its client, tells what peers would find wrong.
 
-    Raises ConfigError: no PEM, a key of another certificate, an unknown authority, a wrong time, a missing name.
+    Returns when the certificate ends, for people. Raises ConfigError: no PEM, a key of another certificate, an unknown authority, a wrong time, a missing name.
     """
     server, client = _context(files, ssl.PROTOCOL_TLS_SERVER), _context(files, ssl.PROTOCOL_TLS_CLIENT)
     server.verify_mode = ssl.CERT_REQUIRED
     try:
-        _handshake(server, client, name)
+        return _handshake(server, client, name)
     except ssl.SSLCertVerificationError as exc:
         raise ConfigError(f"--tls-cert: {files.cert} would be refused by peers: {exc.verify_message}") from exc
     except ssl.SSLError as exc:
@@ -198,11 +202,15 @@ def _reason(exc: Exception) -> str:
     return str(getattr(exc, "reason", None) or getattr(exc, "strerror", None) or exc)
 
 
-def _handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> None:
-    """Both ends in turns over two buffers, until neither waits for the other. Raises ssl.SSLError."""
+def _handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str:
+    """Both ends in turns over two buffers, until neither waits for the other. When the server's certificate ends.
+
+    Raises ssl.SSLError.
+    """
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    reader = client.wrap_bio(to_client, to_server, server_hostname=name)
     ends: list[Callable[[], Any]] = [
-        client.wrap_bio(to_client, to_server, server_hostname=name).do_handshake,
+        reader.do_handshake,
         server.wrap_bio(to_server, to_client, server_side=True).do_handshake,
     ]
     for _ in range(MOST_TURNS):
@@ -214,3 +222,4 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> Non
             ends.remove(end)
     if ends:
         raise ssl.SSLError(0, "the handshake comes to no end")
+    return str((reader.getpeercert() or {}).get("notAfter", ""))

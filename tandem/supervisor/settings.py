@@ -163,7 +163,8 @@ def environment() -> dict[str, str]:
         # services on the same cores they take from each other what the one with work could use. These few turns still
         # bridge the gaps between the kernels of a step.
         defaults["GOMP_SPINCOUNT"] = "5000"
-    return {**defaults, **os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    ours = {name: value for name, value in os.environ.items() if name != "TANDEM_API_KEY"}  # for clients alone
+    return {**defaults, **ours, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def _flags(values: dict[str, object]) -> list[str]:

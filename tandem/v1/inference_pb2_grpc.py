@@ -29,8 +29,9 @@ class InferenceServiceStub:
     """The public API, served by the gateway.
 
     Errors are gRPC statuses with google.rpc details, also in the middle of a stream: INVALID_ARGUMENT with
-    BadRequest.field_violations, NOT_FOUND for a model, RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no
-    worker is there, DEADLINE_EXCEEDED. ErrorInfo is always present.
+    BadRequest.field_violations, UNAUTHENTICATED without an API key where one is needed, NOT_FOUND for a model,
+    RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no worker is there, DEADLINE_EXCEEDED. ErrorInfo is
+    always present.
     """
 
     def __init__(self, channel):
@@ -75,8 +76,9 @@ class InferenceServiceServicer:
     """The public API, served by the gateway.
 
     Errors are gRPC statuses with google.rpc details, also in the middle of a stream: INVALID_ARGUMENT with
-    BadRequest.field_violations, NOT_FOUND for a model, RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no
-    worker is there, DEADLINE_EXCEEDED. ErrorInfo is always present.
+    BadRequest.field_violations, UNAUTHENTICATED without an API key where one is needed, NOT_FOUND for a model,
+    RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no worker is there, DEADLINE_EXCEEDED. ErrorInfo is
+    always present.
     """
 
     def Generate(self, request, context):
@@ -166,8 +168,9 @@ class InferenceService:
     """The public API, served by the gateway.
 
     Errors are gRPC statuses with google.rpc details, also in the middle of a stream: INVALID_ARGUMENT with
-    BadRequest.field_violations, NOT_FOUND for a model, RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no
-    worker is there, DEADLINE_EXCEEDED. ErrorInfo is always present.
+    BadRequest.field_violations, UNAUTHENTICATED without an API key where one is needed, NOT_FOUND for a model,
+    RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no worker is there, DEADLINE_EXCEEDED. ErrorInfo is
+    always present.
     """
 
     @staticmethod

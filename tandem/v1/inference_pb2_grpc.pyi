@@ -30,8 +30,9 @@ class InferenceServiceStub:
     """The public API, served by the gateway.
 
     Errors are gRPC statuses with google.rpc details, also in the middle of a stream: INVALID_ARGUMENT with
-    BadRequest.field_violations, NOT_FOUND for a model, RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no
-    worker is there, DEADLINE_EXCEEDED. ErrorInfo is always present.
+    BadRequest.field_violations, UNAUTHENTICATED without an API key where one is needed, NOT_FOUND for a model,
+    RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no worker is there, DEADLINE_EXCEEDED. ErrorInfo is
+    always present.
     """
 
     @_typing.overload
@@ -56,8 +57,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """The public API, served by the gateway.
 
     Errors are gRPC statuses with google.rpc details, also in the middle of a stream: INVALID_ARGUMENT with
-    BadRequest.field_violations, NOT_FOUND for a model, RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no
-    worker is there, DEADLINE_EXCEEDED. ErrorInfo is always present.
+    BadRequest.field_violations, UNAUTHENTICATED without an API key where one is needed, NOT_FOUND for a model,
+    RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no worker is there, DEADLINE_EXCEEDED. ErrorInfo is
+    always present.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -78,8 +80,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """The public API, served by the gateway.
 
     Errors are gRPC statuses with google.rpc details, also in the middle of a stream: INVALID_ARGUMENT with
-    BadRequest.field_violations, NOT_FOUND for a model, RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no
-    worker is there, DEADLINE_EXCEEDED. ErrorInfo is always present.
+    BadRequest.field_violations, UNAUTHENTICATED without an API key where one is needed, NOT_FOUND for a model,
+    RESOURCE_EXHAUSTED with RetryInfo when full, UNAVAILABLE when no worker is there, DEADLINE_EXCEEDED. ErrorInfo is
+    always present.
     """
 
     @_abc_1.abstractmethod

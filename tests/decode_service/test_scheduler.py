@@ -171,6 +171,22 @@ def test_prefixes_of_tenants_and_scopes_are_apart(field: str) -> None:
     driver.assert_empty()
 
 
+def test_a_preempted_request_keeps_its_scope() -> None:
+    driver = Driver(num_blocks=8)
+    driver.admit("old", make_record(4, seed=1, max_tokens=20))
+    record = make_record(4, seed=2, max_tokens=20, cache_scope="x")
+    driver.admit("young", record)
+    driver.run()
+    assert driver.seen["young"].ended.preemptions > 0
+    sequence = [*record.prompt, *driver.seen["young"].output(0)]
+    for key, scope, found in (("b", "y", False), ("c", "x", True)):
+        admitted = driver.admit(key, make_record(sequence, cache_scope=scope, max_tokens=1), local=False)
+        assert (admitted.needed_start > 0) is found
+        driver.scheduler.cancel(key)
+        driver.scheduler.release(key)
+    driver.assert_empty()
+
+
 def test_received_blocks_are_cached_only_after_the_commit() -> None:
     driver = Driver()
     record = make_record(12)

@@ -168,7 +168,7 @@ def test_certificate_tenants() -> None:
     """By the most specific name; nobody without a certificate or a name."""
     assert certificate_tenant(Peer(frozenset({"b", "a"}), ("spiffe://x/y",), "cn", "f")) == "cert:spiffe://x/y"
     assert certificate_tenant(Peer(frozenset({"b", "a"}), (), "cn", "f")) == "cert:a"
-    assert certificate_tenant(Peer(common_name="cn", fingerprint="f")) == "cert:cn"
+    assert certificate_tenant(Peer(common_name="cn", fingerprint="f")) == "cn:cn"
     for nobody in (NOBODY, Peer(fingerprint="f")):
         with pytest.raises(UnauthenticatedError):
             certificate_tenant(nobody)

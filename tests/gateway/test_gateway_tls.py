@@ -52,8 +52,12 @@ async def test_requests_under_tls(
         assert tokens_of(await bare.collect(bare.stream(tokens=4))) == expected(4)
 
 
-async def test_a_gateway_without_the_name_finds_no_worker(cluster: Cluster, serve: Any, authority: Authority) -> None:
-    """Another role's certificate: workers refuse to say what they are, and requests are told that there is none."""
+async def test_a_gateway_without_the_name_finds_no_worker(
+    cluster: Cluster, serve: Any, authority: Authority, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another role's certificate: workers refuse to say what they are, which is logged once; requests are told that
+    there is none.
+    """
     await workers(cluster, authority)
     front = await serve(wait_ready=False)
     front.gateway.pool.set_addresses([], [])
@@ -64,6 +68,9 @@ async def test_a_gateway_without_the_name_finds_no_worker(cluster: Cluster, serv
         await front.collect(front.stream(tokens=4))
     assert from_rpc_error(caught.value).reason == "NO_WORKER"
     assert not cluster.decode[0].callers
+    logged = capfd.readouterr().out
+    assert logged.count("worker can't be reached") == 1
+    assert "this one has tandem-prefill" in logged
 
 
 async def test_a_reconnect_takes_the_renewed_certificate(cluster: Cluster, serve: Any, authority: Authority) -> None:
