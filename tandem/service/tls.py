@@ -167,7 +167,9 @@ def _read(files: TlsFiles) -> Pem:
 def check_files(files: TlsFiles, name: str) -> str:
     """A handshake with itself in memory, as server `name` and as its client, tells what peers would find wrong.
 
-    Returns when the certificate ends, for people. Raises ConfigError: no PEM, a key of another certificate, an unknown authority, a wrong time, a missing name.
+    Returns when the certificate ends, for people.
+
+    Raises ConfigError: no PEM, a key of another certificate, an unknown authority, a wrong time, a missing name.
     """
     server, client = _context(files, ssl.PROTOCOL_TLS_SERVER), _context(files, ssl.PROTOCOL_TLS_CLIENT)
     server.verify_mode = ssl.CERT_REQUIRED
