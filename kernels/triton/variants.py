@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from kernels.triton.activation import gated_launch
+from kernels.triton.blocks import move_launch
 from kernels.triton.decode_attention import decode_launches
+from kernels.triton.draw import draw_launch, top_launch
 from kernels.triton.embedding import embedding_launch
 from kernels.triton.kv_format import kv_format
 from kernels.triton.launch import Launch
+from kernels.triton.logit_edits import Edits, edit_launch
 from kernels.triton.norm import norm_launch
 from kernels.triton.prefill_attention import prefill_launch
 from kernels.triton.rope import rope_launch
@@ -87,6 +90,30 @@ def embedding() -> list[Launch]:
     return [embedding_launch(ids, empty(VOCABULARY, HIDDEN), empty(TOKENS, HIDDEN), 0)]
 
 
+def sampling(dtype: torch.dtype) -> list[Launch]:
+    """Edits of logits, a draw of each row, and the likeliest tokens."""
+    logits = empty(SEQUENCES, VOCABULARY, dtype=dtype)
+    ints, keys = empty(SEQUENCES, dtype=torch.int32), empty(SEQUENCES, dtype=torch.int64)
+    reals, floats = empty(SEQUENCES, dtype=torch.float64), empty(SEQUENCES, dtype=torch.float32)
+    ids, values = empty(SEQUENCES, 5, dtype=torch.int32), empty(SEQUENCES, 5, dtype=torch.float32)
+    return [
+        edit_launch(logits, Edits(keys, reals, reals, reals, ints)),
+        draw_launch(logits, ints, reals, ints, reals, reals, keys, ints, floats, floats),
+        top_launch(logits, ints, floats, ids, values),
+    ]
+
+
+def blocks(indexed: str) -> list[Launch]:
+    """Blocks of all layers, copied, gathered or scattered."""
+    cache, ids = empty(4096, 32, 2, KV_HEADS, BLOCK_SIZE, 128), empty(256, dtype=torch.int64)
+    packed = empty(256, 32, 2, KV_HEADS, BLOCK_SIZE, 128)
+    return {
+        "copy": [move_launch(cache, cache, ids, ids, 256)],
+        "gather": [move_launch(cache, packed, ids, None, 256)],
+        "scatter": [move_launch(packed, cache, None, ids, 256)],
+    }[indexed]
+
+
 VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "decode attention, D 64": lambda: decode("half", 64),
     "decode attention, D 128": lambda: decode("half", 128),
@@ -110,4 +137,9 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "GeLU and product": lambda: gated("gelu"),
     "GeLU by tanh and product": lambda: gated("gelu_tanh"),
     "embedding": embedding,
+    "blocks copied": lambda: blocks("copy"),
+    "blocks gathered": lambda: blocks("gather"),
+    "blocks scattered": lambda: blocks("scatter"),
+    "sampling, float32 logits": lambda: sampling(torch.float32),
+    "sampling, bfloat16 logits": lambda: sampling(torch.bfloat16),
 }
