@@ -95,7 +95,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         limits, patience = self._services.config.limits, self._services.config.patience
         vocab_size = self._catalog.vocab_size
         sampling = validation.sampling_params(asked, limits, vocab_size)
-        prompt = await self._tokens(asked, vocab_size)
+        timeout = patience.default_timeout if remaining is None else remaining
+        async with asyncio.timeout_at(started + timeout):
+            prompt = await self._tokens(asked, vocab_size)
         stopping = validation.stop_rules(
             asked,
             limits,
@@ -104,7 +106,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             vocab_size=vocab_size,
         )
         validation.check_resume(asked, sampling, stopping, vocab_size)
-        timeout = patience.default_timeout if remaining is None else remaining
         return Job(
             request_id=request_id,
             prompt=prompt,
@@ -147,10 +148,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with asyncio.timeout_at(job.deadline):
                 await asyncio.shield(writer)
         except TimeoutError as exc:
-            await _end_writer(writer, buffer, 0)
+            await _end_writer(writer, buffer, 0, job.deadline)
             raise DeadlineError("the deadline passed before the client had read everything") from exc
         except TandemError as exc:
-            await _end_writer(writer, buffer, 0 if isinstance(exc, SlowReaderError) else FLUSH_SECONDS)
+            flush = 0 if isinstance(exc, SlowReaderError) else FLUSH_SECONDS
+            await _end_writer(writer, buffer, flush, job.deadline)
             raise
         finally:
             writer.cancel()
@@ -200,8 +202,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 await self._live.idle.wait()
 
 
-async def _end_writer(writer: asyncio.Task[None], buffer: EventBuffer, seconds: float) -> None:
-    """Gives what is left `seconds`, drops the rest, and waits for the write in flight.
+async def _end_writer(writer: asyncio.Task[None], buffer: EventBuffer, seconds: float, deadline: float) -> None:
+    """Gives what is left `seconds`, drops the rest, and waits for the write in flight, until the request's deadline.
 
     gRPC can't send a status beside a message that its transport still holds back. So a client that doesn't read gets
     the status behind that one message; until it reads or goes, it costs that message and no work anywhere.
@@ -210,4 +212,4 @@ async def _end_writer(writer: asyncio.Task[None], buffer: EventBuffer, seconds: 
     if seconds:
         await asyncio.wait({writer}, timeout=seconds)
     buffer.drop()
-    await asyncio.wait({writer})
+    await asyncio.wait({writer}, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))

@@ -9,6 +9,7 @@ a chat message they are text (`escape` marks them), so that a user can't end a t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -218,10 +219,9 @@ def _cached(fields: dict[str, Any], digest: str, source: str) -> tokenizers.Toke
 
 def _keep(file: Path, text: str) -> None:
     """Writes atomically; does without where the folder isn't writable."""
-    try:
+    with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as part:
+            undo.callback(Path(part.name).unlink, missing_ok=True)  # a full disk must not fill further
             part.write(text)
         Path(part.name).replace(file)
-    except OSError:
-        return

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import hashlib
@@ -172,7 +173,9 @@ def _warn_once(message: str) -> None:
 
 
 def _find_or_compile(source: Path, target: Path, compiler: Compiler) -> Path | None:
-    """Return `target`, compiled if need be; None when the compiler fails. Raises OSError where it can't write."""
+    """Return `target`, compiled if need be; None when the compiler fails. Raises OSError where it can't write, on a
+    full disk too.
+    """
     if target.exists():
         return target
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -188,6 +191,8 @@ def _compile_into_place(source: Path, target: Path, compiler: Compiler) -> Path 
     temporary = Path(temporary_name)
     try:
         error = _run_compiler(source, temporary, compiler)
+        if error is not None and os.strerror(errno.ENOSPC) in error:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
         if error is not None:
             logger.warning("compiling %s with %s failed: %s", source.name, " ".join(compiler.command), error)
             return None

@@ -86,9 +86,10 @@ def _files_key(checkpoint: Checkpoint) -> str:
 
 def _remember(path: Path, identity: str) -> None:
     """Written to a temporary name and renamed: no reader sees half. Without a writable cache it is digested again."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
+        undo.callback(Path(temporary).unlink, missing_ok=True)  # a full disk must not fill further
         with os.fdopen(handle, "w", encoding="ascii") as file:
             file.write(identity + "\n")
         Path(temporary).replace(path)

@@ -16,10 +16,12 @@ _HIDDEN = ("event", "level", "role", "timestamp", "logger", "exception")
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Prints to stdout at once. A reader that has gone (`tandem up | head -1`) is no reason to stop serving."""
+    """Prints to stdout at once. A reader that has gone (`tandem up | head -1`) or a full disk is no reason to stop
+    serving.
+    """
     try:
         print(text, end=end, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -29,6 +29,7 @@ class AsyncClient:
         *,
         addresses: Sequence[str] | None = None,
         timeout: float | None = None,
+        tries: int | None = None,
         api_key: str | None = None,
         tls_ca: str | Path | None = None,
         tls_cert: str | Path | None = None,
@@ -37,12 +38,14 @@ class AsyncClient:
     ) -> None:
         """`address` is HOST:PORT or a gRPC target. `addresses`, in its place, are several gateways of the same workers;
         when one is lost, the next is asked. `timeout` (seconds) holds for calls that name none; None: the server's.
+        `tries` in a row may bring nothing before a call fails: a few by default, and for most of a minute once a stream
+        has begun.
 
         `tls_ca` (PEM file) means TLS, with the client's own certificate where `tls_cert` and `tls_key` are given;
         `tls_server_name`: what the gateway's certificate must name in place of the address. Raises ConfigError.
         """
         tls = client_tls(tls_ca, tls_cert, tls_key, tls_server_name)
-        self._route = Route(address, addresses, partial(open_channel, tls=tls), api_key)
+        self._route = Route(address, addresses, partial(open_channel, tls=tls), api_key, tries)
         self._stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(one) for one in self._route.channels]
         self._timeout = timeout
 

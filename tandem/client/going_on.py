@@ -25,8 +25,8 @@ Channel = TypeVar("Channel")
 
 TRIES = 4
 """Of a call that nothing has come of yet: nobody may be there at all. Two for each gateway, if that is more."""
-RESUMES = 8
-"""Tries in a row that bring nothing new, once a stream has begun: as long as it takes to start a gateway again."""
+RESUMES = 30
+"""Tries in a row that bring nothing new, once a stream has begun: most of a minute, enough to start a gateway again."""
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 _CUT = (
@@ -45,13 +45,18 @@ class Route(Generic[Channel]):
         addresses: Sequence[str] | None,
         open_channel: Callable[[str], Channel],
         api_key: str | None = None,
+        tries: int | None = None,
     ) -> None:
-        """Asks `address`, or the first of `addresses` until it fails. Raises ConfigError for an empty list and for what
-        can be no API key.
+        """Asks `address`, or the first of `addresses` until it fails. Raises ConfigError for an empty list, fewer than
+        one of `tries`, and what can be no API key.
         """
         given = [address] if addresses is None else list(addresses)
         if not given:
             raise ConfigError("addresses: at least one gateway is needed")
+        if tries is not None and tries < 1:
+            raise ConfigError(f"tries: must be 1 or more, got {tries}")
+        self.tries = tries or max(TRIES, 2 * len(given))
+        self.resumes = tries or max(RESUMES, 2 * len(given))
         self.addresses = given
         self.metadata = key_metadata(api_key)
         """Goes with every call."""
@@ -87,12 +92,16 @@ class Tries:
         self._route = route
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._failures = 0
-        self.most = max(TRIES, 2 * len(route.addresses))
+        self._most = route.tries
 
     @property
     def remaining(self) -> float | None:
         """Seconds left, for gRPC."""
         return None if self._deadline is None else max(0.001, self._deadline - time.monotonic())
+
+    def begun(self) -> None:
+        """A stream has begun: somebody is there, and it is worth more patience."""
+        self._most = self._route.resumes
 
     def succeeded(self) -> None:
         """Something new came."""
@@ -102,7 +111,7 @@ class Tries:
         """Seconds to wait before the next try, at another gateway if there is one. Raises what ends the call."""
         error = status.from_rpc_error(exc)
         self._failures += 1
-        if final or self._route.closed or self._failures >= self.most or not may_go_on(exc, error):
+        if final or self._route.closed or self._failures >= self._most or not may_go_on(exc, error):
             raise error from exc
         self._route.leave(at)
         rounds = (self._failures - 1) // len(self._route.addresses)
@@ -170,7 +179,7 @@ class Progress:
 
     def _begin(self, prompt: pb.PromptAccepted) -> None:
         self._begun = True
-        self.tries.most = RESUMES
+        self.tries.begun()
         if prompt.HasField("seed"):
             self._resume.seed = prompt.seed
         self._resume.model_id, self._resume.numerics_id = prompt.model_id, prompt.numerics_id

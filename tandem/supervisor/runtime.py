@@ -55,12 +55,15 @@ class Instance:
     """The files of this `tandem up`. Open for the life of the process; `close` removes them."""
 
     def __init__(self) -> None:
-        """Sweeps what dead ones left, then makes and locks this one's folder."""
+        """Sweeps what dead ones left, then makes and locks this one's folder. Raises ConfigError."""
         root = runtime_folder()
         sweep(root)
         self.folder = root / f"up-{os.getpid()}"
-        self.folder.mkdir(mode=0o700)
-        self._lock: IO[str] = (self.folder / "lock").open("w")
+        try:
+            self.folder.mkdir(mode=0o700)
+            self._lock: IO[str] = (self.folder / "lock").open("w")
+        except OSError as exc:
+            raise ConfigError(f"can't write in {root}: {exc.strerror}; set XDG_RUNTIME_DIR to another folder") from exc
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.workers_file = self.folder / "workers.json"
 

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tandem.errors import ConfigError, InvalidRequestError, UnavailableError
 from tandem.service.address import Address, parse
 from tandem.service.channel import open_service_channel
+from tandem.service.logging import get_logger
 from tandem.service.tls import ROLE_NAMES, Tls
 from tandem.supervisor.control import ControlServer
 from tandem.supervisor.listing import listed
@@ -28,7 +29,10 @@ from tandem.supervisor.runtime import Instance, answers, control_socket
 from tandem.supervisor.settings import Role, UpSettings, check_count, gateway_arguments, worker_arguments
 from tandem.supervisor.slot import Slot, State
 
+_log = get_logger(__name__)
+
 SERVING_SECONDS = 60.0
+REWRITE_SECONDS = 1.0
 KILL_MARGIN = 3.0
 """Seconds a worker gets beyond its drain grace before it is killed."""
 STOP_ORDER: tuple[Role, ...] = ("gateway", "prefill", "decode")
@@ -50,6 +54,7 @@ class Supervisor:
         self._control: ControlServer | None = None
         self._slots: dict[Role, list[Slot]] = {"gateway": [], "prefill": [], "decode": []}
         self._scaling = asyncio.Lock()
+        self._rewrite: asyncio.TimerHandle | None = None
         self._started = time.monotonic()
         self.gateways: list[Address] = []
         self.https: list[Address] = []
@@ -57,7 +62,10 @@ class Supervisor:
     async def start(self) -> None:
         """Returns when requests can be served. Raises ConfigError with the failing worker's own message."""
         settings = self.settings
-        self._write_workers()
+        try:
+            self._instance.write_workers({"prefill": [], "decode": []})
+        except OSError as exc:
+            raise ConfigError(f"can't write {self._instance.workers_file}: {exc.strerror}") from exc
         _refuse_twin(settings.gateway)
         self.gateways = _ports(settings.gateway, settings.gateways, "--gateway")
         self.https = _ports(settings.http, settings.gateways, "--http")
@@ -100,6 +108,8 @@ class Supervisor:
                 self._progress(f"stopping {role}")
             await asyncio.gather(*(slot.stop(self._grace()) for slot in self._slots[role]))
             self._slots[role] = []
+        if self._rewrite is not None:
+            self._rewrite.cancel()
         self._instance.close()
 
     def kill(self) -> None:
@@ -191,12 +201,20 @@ class Supervisor:
         return Slot(role, index, arguments, self._write_workers, self._log)
 
     def _write_workers(self) -> None:
-        self._instance.write_workers(
-            {
-                role: [slot.said.address for slot in self._slots[role] if slot.state is State.READY and slot.said]
-                for role in ("prefill", "decode")
-            }
-        )
+        """Where the disk is full, again and again until it isn't: workers that gateways don't know of are lost."""
+        if self._rewrite is not None:
+            self._rewrite.cancel()
+            self._rewrite = None
+        try:
+            self._instance.write_workers(
+                {
+                    role: [slot.said.address for slot in self._slots[role] if slot.state is State.READY and slot.said]
+                    for role in ("prefill", "decode")
+                }
+            )
+        except OSError as exc:
+            _log.error("the workers file can't be written; trying again", error=str(exc), path=str(exc.filename))
+            self._rewrite = asyncio.get_running_loop().call_later(REWRITE_SECONDS, self._write_workers)
 
     def _all(self) -> list[Slot]:
         return [slot for role in STOP_ORDER for slot in self._slots[role]]

@@ -34,7 +34,7 @@ class Settings:
     seed: int
     seconds: float
     streams: int = 16
-    pause: float = 0.5
+    pause: float = 1.0
     """Seconds between a fault and the next, beside what it takes until each role has a worker."""
 
 

@@ -18,6 +18,8 @@ from tandem.client import AsyncClient, Delta, End, Finished, PromptAccepted
 from tandem.errors import TandemError
 
 DEADLINE = 120.0
+TRIES = 1000
+"""No bound but the deadline."""
 STORY = "Once upon a time there was a lighthouse keeper who counted ships. "
 Answer = dict[str, Any]
 
@@ -114,7 +116,7 @@ class Clients:
             clients = []
             for turn in range(4):  # each begins at another gateway, so that all are used
                 ordered = [*self.addresses[turn % len(self.addresses) :], *self.addresses[: turn % len(self.addresses)]]
-                clients.append(await stack.enter_async_context(AsyncClient(addresses=ordered)))
+                clients.append(await stack.enter_async_context(AsyncClient(addresses=ordered, tries=TRIES)))
             await asyncio.gather(*(self._one_after_another(i, clients[i % len(clients)]) for i in range(self.width)))
 
     async def _one_after_another(self, lane: int, client: AsyncClient) -> None:

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from gateway import convert
-from gateway.config import Limits
+from gateway.config import Limits, Patience
 from gateway.tokenizer import Tokenizer
 from tandem.errors import InvalidRequestError
 from tandem.service.status import from_rpc_error
@@ -292,8 +292,6 @@ async def test_deadline_is_passed_on(cluster: Cluster, serve: Any) -> None:
 
 async def test_default_deadline(cluster: Cluster, serve: Any) -> None:
     """A client without a deadline doesn't wait for ever."""
-    from gateway.config import Patience
-
     await cluster.start()
     cluster.prefill[0].hold.clear()
     front = await serve(patience=Patience(default_timeout=0.4))
@@ -343,13 +341,33 @@ async def test_full_queue(cluster: Cluster, serve: Any) -> None:
     assert [record.request_id for record in cluster.decode[0].records] == ["running", "high", "low"]
 
 
+def _narrow_channel(address: str) -> grpc.aio.Channel:
+    """With a window that doesn't grow, so that what the client leaves unread stays with the gateway."""
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]
+    return grpc.aio.insecure_channel(address, options=options)
+
+
+async def test_a_client_that_never_reads_holds_the_gateway_until_the_deadline_only(
+    cluster: Cluster, serve: Any
+) -> None:
+    """Its own, or the gateway's where it named none: then the gateway can stop, though it still doesn't read."""
+    await cluster.start(prefill=0)
+    front = await serve(max_buffered_events=32, patience=Patience(default_timeout=1.5))
+    channel = _narrow_channel(front.gateway.address)
+    stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+    slow = stub.GenerateStream(front.request(8000, output=inference_pb2.OutputParams(logprobs=20)))
+    await slow.read()
+    await front.gateway.servicer.drain(20)
+    assert front.gateway.servicer._live.idle.is_set()
+    slow.cancel()
+    await channel.close()
+
+
 async def test_slow_reader_ends_alone(cluster: Cluster, serve: Any) -> None:
     """A client that doesn't read loses its stream; the other one is served."""
     await cluster.start(prefill=0)
     front = await serve(max_buffered_events=32)
-    # A window that doesn't grow, so that what the client leaves unread stays with the gateway.
-    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]
-    channel = grpc.aio.insecure_channel(front.gateway.address, options=options)
+    channel = _narrow_channel(front.gateway.address)
     stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
     slow = stub.GenerateStream(front.request(8000, output=inference_pb2.OutputParams(logprobs=20)), timeout=30)
     await slow.read()

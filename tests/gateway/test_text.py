@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import shutil
 from pathlib import Path
@@ -286,6 +288,19 @@ def test_cache_is_used_and_survives_damage(model_path: Path, tokenizer: Tokenize
     file.write_text("{")
     assert load_tokenizer(model_path).encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
     assert file.stat().st_size > 1000
+
+
+def test_a_full_disk_costs_time_only(
+    model_path: Path, tokenizer: Tokenizer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing half-written is left behind to fill it further."""
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert load_tokenizer(model_path).encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
+    assert list((cache / "tokenizers").iterdir()) == []
 
 
 def test_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:

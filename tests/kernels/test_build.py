@@ -74,6 +74,27 @@ def test_a_cache_that_can_not_be_written_has_a_stand_in(
     assert caplog.text.count("can't be written") == 1
 
 
+def test_a_full_cache_has_a_stand_in_too(
+    room: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The compiler is who finds out; nothing half-written stays."""
+    monkeypatch.setattr(build.tempfile, "tempdir", str(room))
+    compile_ = build._run_compiler
+
+    def full(source: Path, target: Path, compiler: build.Compiler) -> str | None:
+        if target.is_relative_to(room / "cache"):
+            return "ld: final link failed: No space left on device"
+        return compile_(source, target, compiler)
+
+    monkeypatch.setattr(build, "_run_compiler", full)
+    with caplog.at_level(logging.WARNING, "kernels"):
+        library = build.compile_library("answer.cpp")
+    assert library is not None
+    assert ctypes.CDLL(str(library)).answer() == 42
+    assert library.is_relative_to(room / f"tandem-{os.getuid()}")
+    assert not list((room / "cache" / "kernels").glob("*.so"))
+
+
 def test_a_stand_in_that_others_can_enter_is_not_used(
     room: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,7 @@ WORDS = "one twö three four"
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other closely."""
     monkeypatch.setattr(going_on, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(going_on, "LONGEST_PAUSE", 0.01)
 
 
 @pytest.fixture(params=["blocking", "async"])
@@ -24,14 +25,18 @@ def call(request: pytest.FixtureRequest, fake_gateways: Any) -> Any:
     """`call(method, *args, **options)` on either client of both gateways; streams come as lists."""
     addresses = [address for _, address in fake_gateways]
 
+    def settings(options: dict[str, Any]) -> dict[str, Any]:
+        given = {name: options.pop(name) for name in ("addresses", "tries") if name in options}
+        return {"addresses": addresses, "timeout": 20, **given}
+
     def blocking(method: str, *args: Any, **options: Any) -> Any:
-        with Client(addresses=options.pop("addresses", addresses), timeout=20) as client:
+        with Client(**settings(options)) as client:
             result = getattr(client, method)(*args, **options)
             return list(result) if method == "stream" else result
 
     def asynchronous(method: str, *args: Any, **options: Any) -> Any:
         async def run() -> Any:
-            async with AsyncClient(addresses=options.pop("addresses", addresses), timeout=20) as client:
+            async with AsyncClient(**settings(options)) as client:
                 result = getattr(client, method)(*args, **options)
                 return [event async for event in result] if method == "stream" else await result
 
@@ -79,6 +84,9 @@ def test_tries_are_bounded(call: Any, fake_gateways: Any) -> None:
     with pytest.raises(errors.UnavailableError, match="Socket closed"):
         call("stream", WORDS)
     assert sum(len(servicer.requests) for servicer, _ in fake_gateways) == going_on.RESUMES
+    with pytest.raises(errors.UnavailableError):
+        call("stream", WORDS, tries=3)
+    assert sum(len(servicer.requests) for servicer, _ in fake_gateways) == going_on.RESUMES + 3
 
 
 def test_the_deadline_bounds_them_too(call: Any, fake_gateways: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,5 +133,7 @@ def test_nobody_anywhere(call: Any) -> None:
 
 
 def test_no_addresses() -> None:
-    with pytest.raises(errors.ConfigError):
+    with pytest.raises(errors.ConfigError, match="addresses"):
         Client(addresses=[])
+    with pytest.raises(errors.ConfigError, match="tries"):
+        Client(tries=0)

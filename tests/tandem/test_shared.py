@@ -87,6 +87,23 @@ def test_logs_are_json_lines_with_request_ids() -> None:
     assert (theirs["event"], theirs["level"], theirs["role"]) == ("theirs 7", "warning", "decode")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_logs_on_a_full_disk() -> None:
+    """Lines are lost; whoever logs goes on, and ends well."""
+    with open("/dev/full", "w") as full:
+        code = LOGGING + "print('went on')\n"
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (done.stdout, done.returncode) == ("went on\n", 0)
+
+
+def test_what_up_says_on_a_full_disk() -> None:
+    """Is lost; it goes on serving."""
+    code = "from tandem.cli.terminal import say, tell; say('ready'); tell('x'); import sys; sys.exit(7)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full)
+    assert done.returncode == 7
+
+
 def test_unknown_log_level() -> None:
     """Named with what is allowed."""
     with pytest.raises(ConfigError, match=r"--log-level.*warning"):

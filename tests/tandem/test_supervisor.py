@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from tandem.errors import ConfigError, InvalidRequestError, UnavailableError
 from tandem.service.address import Address
 from tandem.service.tls import TlsFiles
 from tandem.supervisor import control, runtime, slot
+from tandem.supervisor import supervisor as supervisor_
 from tandem.supervisor.listing import listed
 from tandem.supervisor.settings import UpSettings
 from tandem.supervisor.supervisor import Supervisor
@@ -170,6 +172,40 @@ async def test_dead_worker_comes_back(up: Up, fake_services: Path, monkeypatch: 
     await until(lambda: len(json.loads(workers_file.read_text())["decode"]) == 1)
     assert json.loads(workers_file.read_text())["decode"] != before
     assert [w["restarts"] for w in supervisor.status()["workers"] if w["role"] == "decode"] == [1]
+
+
+async def test_a_full_disk_hides_no_worker(up: Up, fake_services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers file can't be written when a worker comes back: it is once there is room."""
+    monkeypatch.setattr(slot, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(supervisor_, "REWRITE_SECONDS", 0.05)
+    supervisor = up()
+    await supervisor.start()
+    instance = supervisor._instance
+    before = json.loads(instance.workers_file.read_text())["decode"]
+    write, refused = instance.write_workers, []
+
+    def full(workers: Any) -> None:
+        refused.append(workers)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(instance.workers_file))
+
+    monkeypatch.setattr(instance, "write_workers", full)
+    (decode,) = events(fake_services, event="start", role="decode")
+    os.kill(decode["pid"], signal.SIGKILL)
+    await until(lambda: any(workers["decode"] not in (before, []) for workers in refused))
+    assert json.loads(instance.workers_file.read_text())["decode"] == before
+    monkeypatch.setattr(instance, "write_workers", write)
+    await until(lambda: json.loads(instance.workers_file.read_text())["decode"] == refused[-1]["decode"])
+
+
+async def test_a_full_disk_is_told_at_the_start(up: Up, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = up()
+
+    def full(_workers: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(supervisor._instance, "write_workers", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        await supervisor.start()
 
 
 async def test_dead_gateway_keeps_its_port(up: Up, fake_services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
