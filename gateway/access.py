@@ -66,7 +66,7 @@ def read_keys(path: Path) -> Keys:
     try:
         text = data.decode("utf-8")
         tenants = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         # The parser's own words might quote the file.
         raise ConfigError(f"{FLAG}: {path} is no {'TOML' if path.suffix == '.toml' else 'JSON'}") from exc
     _check(tenants, path)

@@ -197,6 +197,7 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
         ("[]", "at least one tenant"),
         ("{}", "at least one tenant"),
         ('{"": []}', "a tenant's name"),

@@ -189,6 +189,21 @@ def served_fingerprint(address: str, files: Issued) -> str:
         return hashlib.sha256(secured.getpeercert(True) or b"").hexdigest()
 
 
+async def test_authorities_are_renewed_too(authority: Authority, tmp_path: Path) -> None:
+    """A bundle with a second authority lets its certificates in, without a restart."""
+    (tmp_path / "next").mkdir()
+    following, bundle = Authority(tmp_path / "next", "next"), tmp_path / "bundle.pem"
+    issued, client = authority.issue("d", "tandem-decode"), following.issue("g", "tandem-gateway")
+    bundle.write_bytes(authority.ca.read_bytes())
+    server = Tls(TlsFiles(issued.cert, issued.key, bundle), "tandem-decode")
+    access = client_tls(authority.ca, client.cert, client.key, "tandem-decode")
+    async with serving(server) as (_, address):
+        with pytest.raises(TandemError):
+            await ask(open_channel(address, tls=access))
+        bundle.write_bytes(authority.ca.read_bytes() + following.ca.read_bytes())
+        assert (await ask(open_channel(address, tls=access))).request_id == fingerprint(client.cert)
+
+
 async def test_a_bad_renewal_changes_nothing(authority: Authority) -> None:
     """An expired certificate, or the key of another one: the last good pair stays until there is a better one."""
     files = authority.issue("d", "tandem-decode")
