@@ -30,6 +30,10 @@ _TARGETS: dict[str, Callable[[], TargetTransport]] = {
 }
 
 
+IN_CLEAR = frozenset({NixlSource.name})
+"""Transports that send KV over a network without encryption, whatever certificates the services have."""
+
+
 def available() -> list[str]:
     """Transports between processes that this machine can use, best first."""
     shared = sys.platform == "linux" and hasattr(socket, "SO_PEERCRED")

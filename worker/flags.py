@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from kv_transfer.registry import available, require
+from kv_transfer.registry import IN_CLEAR, available, require
 from tandem.errors import ConfigError
 from tandem.service import address as addresses
 from tandem.service.logging import LEVELS
@@ -69,14 +69,15 @@ def common(values: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--drain-grace: must be 0 or more seconds, got {values.drain_grace:g}")
     if values.log_level not in LEVELS:
         raise ConfigError(f"--log-level: {values.log_level!r} is not one of {', '.join(LEVELS)}")
+    tls = tls_files(values.tls_cert, values.tls_key, values.tls_ca)
     return {
         "listen": values.listen,
         "metrics": values.metrics,
         "engine": _engine(values),
-        "transports": _transports(values.transport),
+        "transports": _transports(values.transport, secured=tls is not None),
         "drain_grace": values.drain_grace,
         "log_level": values.log_level,
-        "tls": tls_files(values.tls_cert, values.tls_key, values.tls_ca),
+        "tls": tls,
     }
 
 
@@ -97,13 +98,16 @@ def _engine(values: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _transports(wanted: str | None) -> tuple[str, ...]:
-    """What this worker may use, best first. The network always works; shared memory is left out by `grpc`."""
+def _transports(wanted: str | None, *, secured: bool) -> tuple[str, ...]:
+    """What this worker may use, best first. The network always works; shared memory is left out by `grpc`.
+
+    `secured`: services have certificates, so KV goes in clear only where that transport was asked for by name.
+    """
     here = available()
-    if wanted is None:
-        return tuple(here)
-    try:
-        require(wanted)
-    except ConfigError as exc:
-        raise ConfigError(f"--transport: {exc.message}") from exc
-    return tuple(here[here.index(wanted) :])
+    if wanted is not None:
+        try:
+            require(wanted)
+        except ConfigError as exc:
+            raise ConfigError(f"--transport: {exc.message}") from exc
+        here = here[here.index(wanted) :]
+    return tuple(name for name in here if name == wanted or not secured or name not in IN_CLEAR)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from kv_transfer.registry import IN_CLEAR
 from tandem.errors import ConfigError
 from tandem.service import address as addresses
 from tandem.service.logging import configure, get_logger
@@ -57,6 +58,8 @@ async def serve(
     configure(role, flags.log_level)
     # Before the model: a wrong certificate is told at once.
     tls = Tls(flags.tls, ROLE_NAMES[role]) if flags.tls is not None else None
+    if tls is not None and (clear := IN_CLEAR.intersection(flags.transports)):
+        _log.warning("KV travels in clear: its network must be nobody else's", transports=sorted(clear))
     engine = await asyncio.to_thread(load)
     metrics = Metrics(role)
     metrics_address = start_metrics_server(flags.metrics, metrics.registry)

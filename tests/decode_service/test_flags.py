@@ -40,6 +40,21 @@ def test_nixl_without_its_wheel_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     assert "nixl" not in parse_flags(["--model", "m"]).transports
 
 
+def test_kv_goes_in_clear_only_by_name_where_there_are_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.flags.available", lambda: ["shm", "nixl", "grpc"])
+    monkeypatch.setattr("worker.flags.require", lambda name: None)
+    tls = ["--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a"]
+    expected = {
+        (): ("shm", "grpc"),
+        ("--transport", "shm"): ("shm", "grpc"),
+        ("--transport", "nixl"): ("nixl", "grpc"),
+        ("--transport", "grpc"): ("grpc",),
+    }
+    for flags, transports in expected.items():
+        assert parse_flags(["--model", "m", *tls, *flags]).transports == transports
+    assert parse_flags(["--model", "m"]).transports == ("shm", "nixl", "grpc")
+
+
 @pytest.mark.parametrize(
     ("argv", "names"),
     [
