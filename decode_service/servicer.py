@@ -70,7 +70,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         await context.send_initial_metadata(())
         key, stream = self._worker.open_stream(start.feed_id, start.feed_number)
         call = _Call(key, stream, record, start.attempt)
-        with bind_request(record.request_id):
+        with bind_request(record.request_id, record.tenant):
             try:
                 local = start.source == decode_pb2.PREFILL_SOURCE_LOCAL
                 await context.write(await self._admit(call, context, local=local))

@@ -76,7 +76,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._catalog.check(asked.model)
         request_id = asked.request_id or uuid.uuid4().hex
         entered = self._live.enter(tenant, request_id, takes_over=asked.resume is not None)
-        with bind_request(request_id):
+        with bind_request(request_id, tenant):
             async with entered:
                 job = await self._prepare(asked, tenant, request_id, started, context.time_remaining())
 

@@ -69,7 +69,7 @@ class Gateway:
             bindings.listen,
             tls=tls,
             client_certificates=bindings.client_certificates,
-            admit=self.access.admit,
+            admit=None if self.access.open else self.access.admit,
         )
         self.http = HttpServer(bindings.http, self.metrics.registry, lambda: self.serving, catalog.workers)
         self.address = self.http_address = ""

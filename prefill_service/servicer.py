@@ -41,7 +41,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         """See proto/tandem/v1/prefill.proto."""
         self._worker.identity.check_incarnation(request.incarnation)
         record = wire.record_from_pb(request.record)
-        with bind_request(record.request_id):
+        with bind_request(record.request_id, record.tenant):
             # Apart from the first message: a write given up before it sent the headers would take the status with it.
             await context.send_initial_metadata(())
             job = self._worker.open_job(record, target_from_pb(request.target))

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from tandem.errors import InternalError, TandemError
+from tandem.errors import InternalError, InvalidRequestError, TandemError
 from tandem.service import status
 from tandem.service.logging import get_logger
 from tandem.service.malformed import Malformed, checked
@@ -30,7 +30,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every method of a server. Methods must be coroutines or async generators that read the request iterator."""
 
     def __init__(self, admit: Admit | None = None) -> None:
-        """`admit` is asked before each RPC; what it raises is the RPC's status."""
+        """`admit` is asked before each RPC, and before its request is read; what it raises is the RPC's status."""
         self._admit = admit
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -42,14 +42,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _wrap(handler: Any, method: str, admit: Admit | None) -> Any:
-    kind = (
-        ("stream" if handler.request_streaming else "unary")
-        + "_"
-        + ("stream" if handler.response_streaming else "unary")
-    )
-    make = getattr(grpc, f"{kind}_rpc_method_handler")
-    behavior = getattr(handler, kind)
+    requests = "stream" if handler.request_streaming else "unary"
+    responses = "stream" if handler.response_streaming else "unary"
+    behavior = getattr(handler, f"{requests}_{responses}")
     run = _streamed(behavior) if handler.response_streaming else behavior
+    if admit is not None and requests == "unary":
+        # gRPC reads a single request before it calls anybody, but leaves a stream to its reader.
+        requests, run = "stream", _of_one(run)
+    make = getattr(grpc, f"{requests}_{responses}_rpc_method_handler")
     # Raw-bytes methods have no deserializer.
     deserializer = checked(handler.request_deserializer) if handler.request_deserializer else None
     return make(
@@ -70,6 +70,17 @@ def _streamed(behavior: Callable[[Any, Context], Any]) -> Handler:
                 await context.write(response)
 
     return run
+
+
+def _of_one(run: Handler) -> Handler:
+    """A behaviour for one request as one for a stream of requests, of which it takes the first."""
+
+    async def first(requests: AsyncIterator[Any], context: Context) -> Any:
+        async for request in requests:
+            return await run(request, context)
+        raise InvalidRequestError("the request is missing")
+
+    return first
 
 
 def _guarded(run: Handler, method: str, admit: Admit | None) -> Handler:

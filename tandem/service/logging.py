@@ -69,7 +69,10 @@ def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
 
 
 @contextmanager
-def bind_request(request_id: str) -> Iterator[None]:
-    """Puts `request_id` on every line that this task (and tasks it starts) logs inside."""
-    with structlog.contextvars.bound_contextvars(request_id=request_id):
+def bind_request(request_id: str, tenant: str = "") -> Iterator[None]:
+    """Puts `request_id`, and the tenant if there is one, on every line that this task (and tasks it starts) logs
+    inside.
+    """
+    facts = {"request_id": request_id, **({"tenant": tenant} if tenant else {})}
+    with structlog.contextvars.bound_contextvars(**facts):
         yield

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tandem import errors
 from tandem.errors import ConfigError
-from tandem.service import server, status
+from tandem.service import interceptor, malformed, server, status
 from tandem.v1 import inference_pb2 as pb
 from tandem.v1 import inference_pb2_grpc as pb_grpc
 
@@ -88,6 +88,38 @@ async def test_errors_travel_whole(served: Any, error: errors.TandemError, code:
         assert (arrived.message, arrived.reason, arrived.metadata) == (error.message, error.reason, error.metadata)
         assert getattr(arrived, "retry_after", 0) == getattr(error, "retry_after", 0)
         assert getattr(arrived, "field", 0) == getattr(error, "field", 0)
+
+
+async def test_who_may_not_call_is_told_before_the_request_is_read(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's request costs no memory: neither of a single request nor of a stream is anything parsed."""
+    read: list[Any] = []
+
+    def noting(deserialize: Any) -> Any:
+        return lambda data: (read.append(data), malformed.checked(deserialize)(data))[1]
+
+    def admit(method: str, context: Any) -> None:
+        if ("who", "friend") not in (context.invocation_metadata() or ()):
+            raise errors.UnauthenticatedError(f"no {method}")
+
+    monkeypatch.setattr(interceptor, "checked", noting)
+    _shell, channel = await served(Raising(), admit=admit)
+    stub = pb_grpc.InferenceServiceStub(channel)
+    for call in (stub.Generate(pb.GenerateRequest()), stub.GenerateStream(pb.GenerateStreamRequest()).read()):
+        assert isinstance(await call_error(call), errors.UnauthenticatedError)
+    assert read == []
+    friend = (("who", "friend"),)
+    assert (await stub.Generate(pb.GenerateRequest(text="x"), metadata=friend)).model == "x"
+    stream = stub.GenerateStream(pb.GenerateStreamRequest(), metadata=friend)
+    assert (await stream.read()).request_id == "first"
+    stream.cancel()
+    assert len(read) == 2
+    raw = channel.stream_unary(f"/{SERVICE}/Generate")
+    missing = await call_error(raw(iter(()), metadata=friend))
+    assert isinstance(missing, errors.InvalidRequestError)
+    broken = await call_error(channel.unary_unary(f"/{SERVICE}/Generate")(b"\xff", metadata=friend))
+    assert isinstance(broken, errors.InvalidRequestError)
 
 
 async def test_unknown_exception_leaks_nothing(served: Any) -> None:

@@ -61,7 +61,7 @@ import logging as std, sys
 from tandem.service import logging
 logging.configure("decode", "info")
 log = logging.get_logger("room.module")
-with logging.bind_request("r-1"):
+with logging.bind_request("r-1", "alice"):
     log.info("inside", tokens=3)
 log.debug("hidden")
 try:
@@ -78,7 +78,7 @@ def test_logs_are_json_lines_with_request_ids() -> None:
     done = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     inside, outside, theirs = map(json.loads, done.stderr.splitlines())
-    assert inside["request_id"] == "r-1"
+    assert (inside["request_id"], inside["tenant"]) == ("r-1", "alice")
     assert (inside["event"], inside["tokens"], inside["role"], inside["level"]) == ("inside", 3, "decode", "info")
     assert inside["logger"] == "room.module"
     assert "request_id" not in outside
