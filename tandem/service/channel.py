@@ -26,6 +26,9 @@ def channel_options(target: str, *, for_bulk: bool = False) -> list[tuple[str, A
         ("grpc.max_metadata_size", 64 << 10),
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
+        # What gRPC really waits for the answer to a ping, by default a minute. On a slow network the KV that is sent
+        # stands in its way: transfers have beats of their own.
+        ("grpc.http2.ping_timeout_ms", 60_000 if for_bulk else 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # A restarted worker should be found at once, not after the default two minutes of backoff.

@@ -78,6 +78,8 @@ class Proxy:
         self._writers.add(writer)
         try:
             await self._connect(reader, writer)
+        except asyncio.CancelledError:
+            return  # `close`; asyncio's streams would log a handler that was cancelled
         finally:
             self._tasks.discard(task)
             self._writers.discard(writer)

@@ -6,10 +6,14 @@ import asyncio
 import struct
 from typing import Any
 
+import grpc
 import pytest
+from chaos_proxy import Proxy
 from small_cluster import Small, expected
 
 from tandem.client import AsyncClient, Delta, End
+from tandem.service.channel import channel_options
+from tandem.service.server import server_options
 
 TOKENS = 24
 
@@ -181,3 +185,39 @@ async def test_transfers_stall(start_small: Any) -> None:
     _check(await streams)
     proxy.resume()
     await cluster.settled()
+
+
+def _twenty_times_as_fast(options: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    waits = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+    pings = "grpc.http2.min_ping_interval_without_data_ms"
+    return [(name, value // 20 if name in (*waits, pings) else value) for name, value in options]
+
+
+async def test_a_peer_that_is_gone_without_a_word_is_found_out() -> None:
+    """By our options of channels and servers, on both sides: a quiet stream ends soon after its network does."""
+    ended = asyncio.Event()
+
+    async def quiet(_request: bytes, context: Any) -> None:
+        await context.write(b"here")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    handler = grpc.unary_stream_rpc_method_handler(quiet)
+    server = grpc.aio.server(options=_twenty_times_as_fast(server_options()))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", {"quiet": handler}),))
+    proxy = Proxy(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    await server.start()
+    options = _twenty_times_as_fast(channel_options(await proxy.start()))
+    async with grpc.aio.insecure_channel(proxy.address, options=options) as channel:
+        call = channel.unary_stream("/test/quiet")(b"")
+        assert await call.read() == b"here"
+        proxy.stall()
+        async with asyncio.timeout(10):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            await ended.wait()
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    await server.stop(0)
+    await proxy.close()
