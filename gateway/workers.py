@@ -88,6 +88,8 @@ class Worker:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         self._connect()
+        # New requests get a feed of the new channel; those aboard the old one's stay there.
+        self.feed, self._next_feed = None, 0.0
 
     @property
     def ready(self) -> bool:

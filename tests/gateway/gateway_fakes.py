@@ -88,6 +88,8 @@ class FakeWorker:
         self.hang_after: int | None = None
         self.drain_after: int | None = None
         self.silent = False
+        self.load_silent = False
+        """No load reports; streams go on."""
         # Shared by several workers: one of them fails per entry. None: every time.
         self.faults: list[str] | None = None
 
@@ -102,7 +104,7 @@ class FakeWorker:
 
     async def loads(self, kind: Any) -> AsyncIterator[Any]:
         while True:
-            if not self.silent:
+            if not self.silent and not self.load_silent:
                 yield kind(load=self.load)
             await asyncio.sleep(BEAT)
 

@@ -77,6 +77,29 @@ async def test_a_gateway_without_the_name_finds_no_worker(
     assert "this one has tandem-prefill" in logged
 
 
+async def test_what_runs_on_an_old_channel_ends_there(cluster: Cluster, serve: Any, authority: Authority) -> None:
+    """Load reports stop, the connection stands: new requests get the new channel, those aboard stay on the old one."""
+    await workers(cluster, authority)
+    (decode,) = cluster.decode
+    gateway = authority.issue("gateway", "tandem-gateway")
+    front = await serve(bindings={"tls": files(gateway)}, tls=client_tls(gateway.ca))
+    worker = front.gateway.pool.decode[0]
+    decode.stream_pause_after = 1
+    running = front.stream(tokens=3)
+    assert (await running.read()).prompt.prompt_tokens == 64
+    old_channel, old_feed = worker.channel, worker.feed
+    authority.issue("gateway", "tandem-gateway")
+    decode.load_silent = True
+    await until(lambda: worker.channel is not old_channel)
+    decode.load_silent = False
+    await front.until_ready(1, 1)
+    assert worker.feed is not old_feed
+    decode.resume.set()
+    assert tokens_of(await front.collect(front.stream(tokens=3, prompt=range(500, 600)))) == expected(3)
+    assert tokens_of(await front.collect(running)) == expected(3)
+    assert running.done()
+
+
 async def test_a_reconnect_takes_the_renewed_certificate(cluster: Cluster, serve: Any, authority: Authority) -> None:
     """The worker is gone and back: the gateway comes with what it has now, not with what it began with."""
     await workers(cluster, authority)
