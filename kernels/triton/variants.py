@@ -12,12 +12,15 @@ from kernels.triton.blocks import move_launch
 from kernels.triton.decode_attention import decode_launches
 from kernels.triton.draw import draw_launch, top_launch
 from kernels.triton.embedding import embedding_launch
+from kernels.triton.group_linear import GroupQuantized, group_launch
 from kernels.triton.kv_format import kv_format
 from kernels.triton.launch import Launch
 from kernels.triton.logit_edits import Edits, edit_launch
 from kernels.triton.norm import norm_launch
 from kernels.triton.prefill_attention import prefill_launch
+from kernels.triton.quantize import quantize_launch
 from kernels.triton.rope import rope_launch
+from kernels.triton.scaled_linear import scaled_launch
 
 DTYPE = torch.bfloat16
 KV_DTYPES = {"half": DTYPE, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -114,6 +117,28 @@ def blocks(indexed: str) -> list[Launch]:
     }[indexed]
 
 
+def scaled(dtype: torch.dtype, rows: int, blocks: bool = False) -> list[Launch]:
+    """A product of 8-bit codes, scales by token and channel or by blocks."""
+    x, w, out = empty(rows, HIDDEN, dtype=dtype), empty(MLP, HIDDEN, dtype=dtype), empty(rows, MLP)
+    x_scales = empty(rows, HIDDEN // 128, dtype=torch.float32) if blocks else empty(rows, dtype=torch.float32)
+    w_scales = empty(MLP // 128, HIDDEN // 128, dtype=torch.float32) if blocks else empty(MLP, dtype=torch.float32)
+    return [scaled_launch(x, w, x_scales, w_scales, None, out)]
+
+
+def grouped(bits: int, group: int, rows: int, minima: bool = False) -> list[Launch]:
+    """A product with weights of 4 or 8 bits."""
+    table = empty(MLP, HIDDEN // group, dtype=torch.float16)
+    codes = empty(MLP, HIDDEN * bits // 8, dtype=torch.uint8)
+    weight = GroupQuantized(bits, group, codes, table, table if minima else None)
+    return [group_launch(empty(rows, HIDDEN), weight, None, empty(rows, MLP))]
+
+
+def quantized(dtype: torch.dtype, group: int) -> list[Launch]:
+    """Activations quantised, a scale a group."""
+    scales = empty(TOKENS, HIDDEN // group, dtype=torch.float32)
+    return [quantize_launch(empty(TOKENS, HIDDEN), empty(TOKENS, HIDDEN, dtype=dtype), scales, group, False)]
+
+
 VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "decode attention, D 64": lambda: decode("half", 64),
     "decode attention, D 128": lambda: decode("half", 128),
@@ -137,6 +162,20 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "GeLU and product": lambda: gated("gelu"),
     "GeLU by tanh and product": lambda: gated("gelu_tanh"),
     "embedding": embedding,
+    "quantise to fp8, a scale a row": lambda: quantized(torch.float8_e4m3fn, HIDDEN),
+    "quantise to fp8, groups of 128": lambda: quantized(torch.float8_e4m3fn, 128),
+    "quantise to int8, a scale a row": lambda: quantized(torch.int8, HIDDEN),
+    "product int8, 16 rows": lambda: scaled(torch.int8, 16),
+    "product int8, 2048 rows": lambda: scaled(torch.int8, TOKENS),
+    "product fp8, 16 rows": lambda: scaled(torch.float8_e4m3fn, 16),
+    "product fp8, 2048 rows": lambda: scaled(torch.float8_e4m3fn, TOKENS),
+    "product fp8 in blocks, 16 rows": lambda: scaled(torch.float8_e4m3fn, 16, True),
+    "product fp8 in blocks, 2048 rows": lambda: scaled(torch.float8_e4m3fn, TOKENS, True),
+    "product 4-bit weights, groups of 128, 16 rows": lambda: grouped(4, 128, 16),
+    "product 4-bit weights, groups of 32, minima, 16 rows": lambda: grouped(4, 32, 16, True),
+    "product 4-bit weights, groups of 128, 2048 rows": lambda: grouped(4, 128, TOKENS),
+    "product 8-bit weights, groups of 128, 16 rows": lambda: grouped(8, 128, 16),
+    "product 8-bit weights, groups of 32, 2048 rows": lambda: grouped(8, 32, TOKENS),
     "blocks copied": lambda: blocks("copy"),
     "blocks gathered": lambda: blocks("gather"),
     "blocks scattered": lambda: blocks("scatter"),
