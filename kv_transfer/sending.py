@@ -162,6 +162,11 @@ class SendSession:
             self._unacknowledged.remove(ack.sequence)
 
     @property
+    def opened(self) -> bool:
+        """True once the receiver has said what it needs."""
+        return self._needed is not None
+
+    @property
     def unacknowledged(self) -> int:
         """Offers whose Ack has not come."""
         with self._lock:

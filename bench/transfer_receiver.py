@@ -1,0 +1,153 @@
+"""The receiving end of `bench.transfer`: the decode service's own KvTransferService over a pool, and no engine behind it.
+
+Life: `async with ReceivingEnd(...)` starts the server and the sending process -> `transfer` as often as needed -> both end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+from bench.transfer_sender import MODEL, NUMERICS, fill_of
+from decode_service.transfer_servicer import TransferServicer
+from decode_service.worker import DecodeWorker
+from kv_transfer.leases import Lease, LeaseTable
+from kv_transfer.pool import LocalPool
+from kv_transfer.registry import target_transport
+from tandem.errors import InternalError
+from tandem.kv_layout import KvLayout
+from tandem.service.server import ServerShell
+from tandem.v1 import kv_transfer_pb2_grpc
+from worker.identity import WorkerIdentity
+
+INCARNATION = "bench-receiver"
+
+
+class _Worker:
+    """What the servicer asks of a decode worker, when there is no engine that could take the sequence."""
+
+    stopping = False
+    metrics = None
+
+    def __init__(self, layout: KvLayout, pool: LocalPool, transports: Sequence[str]) -> None:
+        self.pool_memory = pool
+        self.leases = LeaseTable(INCARNATION, layout.block_size)
+        self.engine = self
+        self.identity = WorkerIdentity(
+            INCARNATION, MODEL, MODEL, layout, NUMERICS, 1, 1, (), tuple(transports), pool.num_blocks, 1
+        )
+
+    def key_of(self, lease: Lease) -> str:
+        return lease.request_id
+
+    @contextlib.contextmanager
+    def transferring(self, lease: Lease, attempt: int) -> Iterator[asyncio.Future[None]]:
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        yield over
+        over.cancel()
+
+    async def call_with_events(self, work: object) -> None:
+        """The sequence would join the batch here."""
+
+    def fail_stream(self, key: str, error: Exception) -> None:
+        raise error
+
+
+class ReceivingEnd:
+    """Server and sending process. Belongs to the event loop."""
+
+    def __init__(self, layout: KvLayout, num_blocks: int, transports: Sequence[str]) -> None:
+        """Touches the whole pool: a decode worker that has served a while has done so."""
+        self._layout = layout
+        self.pool = LocalPool(num_blocks, layout.block_bytes)
+        self.pool.buffer[:] = bytes(len(self.pool.buffer))
+        self._transports = list(transports)
+        self._worker = _Worker(layout, self.pool, transports)
+        self._blocks = list(range(num_blocks))
+        random.Random(2).shuffle(self._blocks)
+        self._address = ""
+        self._process: asyncio.subprocess.Process | None = None
+        self.source_blocks: list[int] = []
+        self.nixl_endpoint = b""
+        """Of the sending process; empty without NIXL."""
+
+    async def __aenter__(self) -> Self:
+        """Start both."""
+        self._shell = ServerShell("decode", "127.0.0.1:0")
+        targets = {name: target_transport(name) for name in self._transports}
+        self._servicer = TransferServicer(cast(DecodeWorker, self._worker), targets)
+        kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(self._servicer, self._shell.server)
+        self._address = await self._shell.start()
+        settings = {
+            "layout": dataclasses.asdict(self._layout),
+            "num_blocks": self.pool.num_blocks,
+            "transports": self._transports,
+        }
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "bench.transfer_sender", json.dumps(settings), stdin=pipe, stdout=pipe, limit=1 << 24
+        )
+        said = await self._answer()
+        self.source_blocks, self.nixl_endpoint = said["blocks"], bytes.fromhex(said["nixl"])
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End both."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            await self._process.wait()
+        await self._shell.server.stop(0)
+        await asyncio.to_thread(self._servicer.close)
+
+    async def transfer(self, transport: str, tokens: int) -> float:
+        """Seconds of one transfer. Raises InternalError when it fails, or brings other bytes than were sent."""
+        count = self._layout.blocks_for(tokens)
+        blocks = self._blocks[:count]
+        lease = self._worker.leases.grant("bench", 0, tokens, blocks, lambda: None)
+        lease.request_id = lease.lease_id
+        asked = {
+            "transport": transport,
+            "tokens": tokens,
+            "lease": lease.lease_id,
+            "address": self._address,
+            "incarnation": INCARNATION,
+        }
+        try:
+            said = await self._ask(asked)
+        finally:
+            lease.close()
+        self._check(blocks)
+        return float(said["seconds"])
+
+    def _check(self, blocks: Sequence[int]) -> None:
+        """The first and the last byte of every block, which are zeroed for the next transfer."""
+        size, buffer = self.pool.block_bytes, self.pool.buffer
+        for block, sent in zip(blocks, self.source_blocks, strict=False):
+            for at in (block * size, (block + 1) * size - 1):
+                if buffer[at] != fill_of(sent):
+                    raise InternalError(f"block {block} has other bytes than the sender's block {sent}")
+                buffer[at] = 255
+
+    async def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        return await self._answer()
+
+    async def _answer(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            raise InternalError("the sending process has ended; its error is above")
+        said: dict[str, Any] = json.loads(line)
+        return said
