@@ -1,4 +1,4 @@
-"""What the transports of `bench.transfer` are measured beside, in the same run: a memory copy, and a bare NIXL agent."""
+"""What `bench.transfer` measures the transports beside, in the same run: a memory copy, and a bare NIXL agent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def memory_copy(pool: PoolMemory) -> Timed:
 
 
 class BareNixl:
-    """One agent that READs the sending process's blocks: descriptors made before, one request, polled without a pause."""
+    """An agent that READs the sending process's blocks: descriptors made before, one request, polled at once."""
 
     def __init__(self, endpoint: bytes, pool: PoolMemory, order: Sequence[int]) -> None:
         """`order`: the sender's blocks, as they are read."""

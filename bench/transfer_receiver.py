@@ -1,6 +1,7 @@
-"""The receiving end of `bench.transfer`: the decode service's own KvTransferService over a pool, and no engine behind it.
+"""The receiving end of `bench.transfer`: the decode service's own KvTransferService over a pool, with no engine behind.
 
-Life: `async with ReceivingEnd(...)` starts the server and the sending process -> `transfer` as often as needed -> both end.
+Life: `async with ReceivingEnd(...)` starts the server and the sending process -> `transfer` and `read` as often as
+needed -> both end.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ import dataclasses
 import json
 import random
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
+from bench.transfer_sender import INCARNATION as SENDER
 from bench.transfer_sender import MODEL, NUMERICS, fill_of
 from decode_service.transfer_servicer import TransferServicer
 from decode_service.worker import DecodeWorker
 from kv_transfer.leases import Lease, LeaseTable
+from kv_transfer.messages import Offer
 from kv_transfer.pool import LocalPool
 from kv_transfer.registry import target_transport
+from kv_transfer.transport import SourceView
 from tandem.errors import InternalError
 from tandem.kv_layout import KvLayout
 from tandem.service.server import ServerShell
@@ -35,6 +40,7 @@ class _Worker:
 
     stopping = False
     metrics = None
+    alive = True
 
     def __init__(self, layout: KvLayout, pool: LocalPool, transports: Sequence[str]) -> None:
         self.pool_memory = pool
@@ -75,8 +81,9 @@ class ReceivingEnd:
         self._address = ""
         self._process: asyncio.subprocess.Process | None = None
         self.source_blocks: list[int] = []
-        self.nixl_endpoint = b""
-        """Of the sending process; empty without NIXL."""
+        self.endpoints: dict[str, bytes] = {}
+        """Of the sending process, by transport."""
+        self._views: dict[str, SourceView] = {}
 
     async def __aenter__(self) -> Self:
         """Start both."""
@@ -95,13 +102,19 @@ class ReceivingEnd:
             sys.executable, "-m", "bench.transfer_sender", json.dumps(settings), stdin=pipe, stdout=pipe, limit=1 << 24
         )
         said = await self._answer()
-        self.source_blocks, self.nixl_endpoint = said["blocks"], bytes.fromhex(said["nixl"])
+        self.source_blocks = said["blocks"]
+        self.endpoints = {name: bytes.fromhex(endpoint) for name, endpoint in said["endpoints"].items()}
+        for name, endpoint in self.endpoints.items():
+            if endpoint:
+                self._views[name] = targets[name].connect(endpoint, SENDER, self._layout)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End both."""
+        for view in self._views.values():
+            view.close()
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
             await self._process.wait()
@@ -128,8 +141,22 @@ class ReceivingEnd:
         self._check(blocks)
         return float(said["seconds"])
 
+    def read(self, transport: str, tokens: int) -> float:
+        """Seconds of the transport's copy alone, generations checked; 0 where bytes ride in the stream."""
+        view = self._views.get(transport)
+        if view is None:
+            return 0.0
+        count = self._layout.blocks_for(tokens)
+        blocks = tuple(self.source_blocks[:count])
+        offer = Offer(0, 0, tokens, blocks, (0,) * count)
+        start = time.perf_counter()
+        view.copy(offer, self.pool, self._blocks[:count])
+        seconds = time.perf_counter() - start
+        self._check(self._blocks[:count])
+        return seconds
+
     def _check(self, blocks: Sequence[int]) -> None:
-        """The first and the last byte of every block, which are zeroed for the next transfer."""
+        """The first and the last byte of every block, overwritten for the next transfer."""
         size, buffer = self.pool.block_bytes, self.pool.buffer
         for block, sent in zip(blocks, self.source_blocks, strict=False):
             for at in (block * size, (block + 1) * size - 1):

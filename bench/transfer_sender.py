@@ -66,7 +66,7 @@ class SendingEnd:
         )
         transfer = Transfer(session, self._channels, asked["address"], self._executor, most_tokens=tokens)
         running = asyncio.create_task(transfer.run(None))
-        while not session.opened and not running.done():
+        while not session.opened and not running.done():  # noqa: ASYNC110  # the session knows no event loop
             await asyncio.sleep(OPEN_LOOK_SECONDS)
         start = time.perf_counter()
         transfer.reserve(self.blocks)
@@ -93,8 +93,8 @@ def fill(pool: PoolMemory) -> None:
 async def serve(settings: Mapping[str, Any]) -> int:
     """Until stdin ends."""
     end = SendingEnd(KvLayout(**settings["layout"]), settings["num_blocks"], settings["transports"])
-    nixl = end.sources.get("nixl")
-    print(json.dumps({"blocks": end.blocks, "nixl": nixl.endpoint().hex() if nixl is not None else ""}), flush=True)
+    endpoints = {name: source.endpoint().hex() for name, source in end.sources.items()}
+    print(json.dumps({"blocks": end.blocks, "endpoints": endpoints}), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
         print(json.dumps(await end.send(json.loads(line))), flush=True)
     await end.close()

@@ -19,18 +19,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kv_transfer import nixl_agent
-from kv_transfer.copying import PIECE_BYTES, check_blocks, check_payload_free, check_stop, check_target, stale_block
+from kv_transfer.copying import check_blocks, check_payload_free, check_stop, check_target, stale_block
 from kv_transfer.messages import Offer
 from kv_transfer.nixl_agent import NixlAgent, start_agent
 from kv_transfer.nixl_endpoint import Endpoint
-from kv_transfer.nixl_memory import GENERATION_BYTES, TargetMemory
+from kv_transfer.nixl_memory import GenerationPages, TargetMemory
 from kv_transfer.pool import PoolMemory
-from kv_transfer.segments import Segment
 from kv_transfer.transport import never
 from tandem.errors import IncompatibleError, OverloadedError, StaleError, UnavailableError
 from tandem.kv_layout import KvLayout
 
 MOST_PEERS = 64
+PIECE_BYTES = 16 << 20
+"""Most bytes a read: within one machine they are copied while it is posted, so `stop` waits for a few milliseconds."""
 READS_AHEAD = 4
 """Pieces posted at once by one copy."""
 
@@ -44,8 +45,9 @@ class _Peer:
         self.num_blocks = endpoint.num_blocks
         self.block_bytes = endpoint.block_bytes
         self.blocks = agent.prepare(name, endpoint.blocks, endpoint.block_bytes)
-        where = Segment(endpoint.generations, GENERATION_BYTES * endpoint.num_blocks)
-        self.generations = agent.prepare(name, where, GENERATION_BYTES)
+        self.generations = GenerationPages(agent, name, endpoint.generations, endpoint.num_blocks)
+        self.turn = threading.Lock()
+        """Held by the copy that reads blocks: copies side by side would only take the agent from each other."""
         self.views = 0
         self.reads = 0
         self.lost = False
@@ -69,7 +71,7 @@ class NixlReader:
         check_target(peer.block_bytes, target_pool, target_blocks)
         with self._target.reading(peer) as (agent, memory):
             _check_generations(memory, peer, offer)
-            with memory.blocks_of(target_pool) as into:
+            with memory.blocks_of(target_pool) as into, peer.turn:
                 _read_blocks(agent, peer, offer.blocks, into, target_blocks, stop)
             _check_generations(memory, peer, offer)
 
@@ -170,7 +172,7 @@ class NixlTarget:
             raise OverloadedError(f"{MOST_PEERS} senders are read from already", reason="TOO_MANY_SOURCES")
 
     def _forget(self, agent: NixlAgent, peer: _Peer) -> None:
-        for prepared in (peer.blocks, peer.generations):
+        for prepared in (peer.blocks, peer.generations.prepared):
             agent.release(prepared)
         agent.remove_peer(peer.name)
 

@@ -123,9 +123,12 @@ class NixlAgent:
 
     def prepare(self, owner: str, segment: Segment, piece_bytes: int) -> Any:
         """Descriptors of a segment cut into pieces, of `LOCAL` or of a peer: `read` takes their numbers."""
-        count = segment.nbytes // piece_bytes
-        rows = np.empty((count, 3), dtype=np.uint64)
-        rows[:, 0] = segment.address + np.arange(count, dtype=np.uint64) * np.uint64(piece_bytes)
+        return self.prepare_pieces(owner, segment, range(0, segment.nbytes, piece_bytes), piece_bytes)
+
+    def prepare_pieces(self, owner: str, segment: Segment, starts: Sequence[int], piece_bytes: int) -> Any:
+        """`prepare` for pieces of equal size that begin at `starts`, in bytes from the segment's own start."""
+        rows = np.empty((len(starts), 3), dtype=np.uint64)
+        rows[:, 0] = np.uint64(segment.address) + np.fromiter(starts, dtype=np.uint64, count=len(starts))
         rows[:, 1] = piece_bytes
         rows[:, 2] = segment.device
         with self._lock:

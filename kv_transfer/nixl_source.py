@@ -25,7 +25,7 @@ class NixlSource:
     """The sender's end."""
 
     name = "nixl"
-    max_offer_bytes = 16 << 20
+    max_offer_bytes = 64 << 20
 
     def __init__(self, pool: PoolMemory, incarnation: str) -> None:
         """Starts nothing yet. Raises ConfigError where no NIXL wheel is installed."""

@@ -57,7 +57,8 @@ class ShmSource:
     """The sender's end."""
 
     name = "shm"
-    max_offer_bytes = 64 << 20
+    max_offer_bytes = 24 << 20
+    """The receiver copies several offers at once."""
 
     def __init__(self, pool: PoolMemory, incarnation: str) -> None:
         """Listen. Raises ConfigError unless `pool` is a SharedPool and the system has abstract Unix sockets."""

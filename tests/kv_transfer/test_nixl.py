@@ -116,14 +116,20 @@ def test_generation_that_changes_during_the_reads(
     view.copy(offer(2), nixl_ends.target_pool, [2])
 
 
-def test_more_generations_than_one_read_holds(nixl_ends: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nixl_memory, "_SLOT_GENERATIONS", 3)
-    blocks = list(range(tools.NUM_BLOCKS))
+@pytest.mark.parametrize("page", [1, 3, 5, 32, 64])
+@pytest.mark.parametrize("slot_pages", [2, 64])
+def test_generations_are_read_page_by_page(
+    nixl_ends: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, page: int, slot_pages: int
+) -> None:
+    monkeypatch.setattr(nixl_memory, "PAGE", page)
+    monkeypatch.setattr(nixl_memory, "_SLOT_PAGES", slot_pages)
+    generations = nixl_ends.source_pool.generations
+    for block in range(tools.NUM_BLOCKS):
+        generations[block] = 1000 + block
     view = nixl_ends.target.connect(nixl_ends.source.endpoint(), "source-1", LAYOUT)
-    view.copy(offer(*blocks), nixl_ends.target_pool, blocks)
-    tools.reuse(nixl_ends.source_pool, blocks[-1])
-    with pytest.raises(StaleError):
-        view.verify(offer(*blocks))
+    memory, peer = nixl_ends.target._memory, view._peer
+    for blocks in ([31, 0, 7, 7], list(range(32))[::-1], [30]):
+        assert memory.read_generations(peer.generations, blocks) == [1000 + block for block in blocks]
 
 
 # Memory is registered once.
