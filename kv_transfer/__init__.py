@@ -12,10 +12,10 @@ No torch, no gRPC, no protobuf.
     SendSession.on_committed     <-- Committed --
 
 `tandem.kv_layout` says how bytes lie, `messages` what travels, `pool` where blocks live, `leases` who may write which
-blocks of the receiver and until when, `session` the order of messages, `transport` how bytes get across (memory.py,
-shm.py, nixl.py, grpc.py), `registry` which transport two workers use. Where the two pools aren't alike, `plan` says
-which bytes go where, `landing` brings them by way of `staging`, `conversion` and `formats` change them; `ranks` speaks
-for several ranks at once.
+blocks of the receiver and until when, `peers` whose a sender's addresses are, `session` the order of messages,
+`transport` how bytes get across (memory.py, shm.py, nixl.py, grpc.py), `registry` which transport two workers use.
+Where the two pools aren't alike, `plan` says which bytes go where, `landing` brings them by way of `staging`,
+`conversion` and `formats` change them; `ranks` speaks for several ranks at once.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ async def test_who_may_not_call_is_told_before_the_request_is_read(
             raise errors.UnauthenticatedError(f"no {method}")
 
     monkeypatch.setattr(interceptor, "checked", noting)
-    _shell, channel = await served(Raising(), admit=admit)
+    _shell, channel = await served(Raising(), admit=admit, max_message_bytes=1000)
     stub = pb_grpc.InferenceServiceStub(channel)
     for call in (stub.Generate(pb.GenerateRequest()), stub.GenerateStream(pb.GenerateStreamRequest()).read()):
         assert isinstance(await call_error(call), errors.UnauthenticatedError)
@@ -120,6 +120,8 @@ async def test_who_may_not_call_is_told_before_the_request_is_read(
     assert isinstance(missing, errors.InvalidRequestError)
     broken = await call_error(channel.unary_unary(f"/{SERVICE}/Generate")(b"\xff", metadata=friend))
     assert isinstance(broken, errors.InvalidRequestError)
+    huge = await call_error(stub.Generate(pb.GenerateRequest(text="x" * 2000), metadata=friend))
+    assert isinstance(huge, errors.OverloadedError)
 
 
 async def test_unknown_exception_leaks_nothing(served: Any) -> None:

@@ -23,7 +23,7 @@ from tandem.service.tls import TlsFiles
 from tandem.supervisor import control, runtime, slot
 from tandem.supervisor import supervisor as supervisor_
 from tandem.supervisor.listing import listed
-from tandem.supervisor.settings import UpSettings
+from tandem.supervisor.settings import UpSettings, environment
 from tandem.supervisor.supervisor import Supervisor
 
 Up = Callable[..., Supervisor]
@@ -94,6 +94,13 @@ async def test_certificates_and_keys_reach_the_services(up: Up, fake_services: P
         assert following(argv, "--tls-ca") == str(files.ca)
         assert following(argv, "--tls-client-auth") == ("required" if gateway else None)
         assert following(argv, "--api-keys") == ("/keys.json" if gateway else None)
+
+
+def test_a_clients_key_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_API_KEY", "secret")
+    monkeypatch.setenv("TANDEM_OTHER", "kept")
+    assert "secret" not in environment().values()
+    assert environment()["TANDEM_OTHER"] == "kept"
 
 
 async def test_listing_a_gateway_that_answers_otherwise() -> None:
