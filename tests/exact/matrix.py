@@ -29,6 +29,7 @@ class Variant:
     greedy: int = 64
     sampled: int = 32
     compute: Literal["exact", "int8"] = "exact"
+    prefill_block_size: int = BLOCK_SIZE
 
     @property
     def name(self) -> str:
@@ -37,6 +38,7 @@ class Variant:
             f"chunk{self.chunk_size}-{self.transport}-at{self.concurrency}-"
             f"{'cache' if self.prefix_cache else 'nocache'}-{self.workers}w{'-preempt' if self.preempt else ''}"
             f"{'' if self.prefill else '-aggregated'}{'' if self.compute == 'exact' else '-int8'}"
+            f"{'' if self.prefill_block_size == BLOCK_SIZE else f'-blocks{self.prefill_block_size}'}"
         )
 
     def chosen(self, prompts: Mapping[int, list[int]], longest: int | None = None) -> dict[int, list[int]]:
@@ -61,6 +63,8 @@ class Variant:
         flags = ["--compute", self.compute, "--chunk-size", str(self.chunk_size)]
         flags += ["--dtype", "float32"] if self.compute == "exact" else []
         flags += ["--transport", self.transport, "--block-size", str(BLOCK_SIZE)]
+        if self.prefill_block_size != BLOCK_SIZE:
+            flags += ["--prefill-block-size", str(self.prefill_block_size)]
         flags += ["--decode", str(self.workers), "--prefill", str(self.workers if self.prefill else 0)]
         # Decode would prefill short prompts itself, and then nothing would travel.
         flags += ["--local-prefill-threshold", "0"] if self.prefill else []
@@ -111,13 +115,13 @@ PAIRWISE = [
     Variant(1, "shm", 1, True, 2, False, pick="few", greedy=32, sampled=16),
     Variant(prefill=False, pick="many"),
     Variant(64, "grpc", 16, True, 1, True, pick="many"),
-    Variant(7, "grpc", 1, True, 1, False, greedy=32, sampled=16),
+    Variant(7, "grpc", 1, True, 1, False, greedy=32, sampled=16, prefill_block_size=24),
 ]
 
 # Compute int8 keeps the promise among its own runs: the first is what the others are compared with.
 INT8 = [
     Variant(prefix_cache=False, compute="int8"),
     Variant(7, "grpc", 16, True, 2, False, pick="many", compute="int8"),
-    Variant(64, "shm", 16, True, 1, True, greedy=32, sampled=16, compute="int8"),
+    Variant(64, "shm", 16, True, 1, True, greedy=32, sampled=16, compute="int8", prefill_block_size=24),
     Variant(512, "shm", 1, False, 1, False, prefill=False, pick="few", compute="int8"),
 ]

@@ -51,6 +51,12 @@ def test_preemption_rows_run_at_once_in_a_tight_pool() -> None:
             assert row.tight_pool(prompts) < row.concurrency // row.workers * (60 + row.greedy) // matrix.BLOCK_SIZE
 
 
+def test_each_compute_has_a_row_with_blocks_of_two_sizes() -> None:
+    """24 and 16: neither divides the other, and only 16 has pairs."""
+    for rows in (matrix.PAIRWISE, matrix.INT8):
+        assert any(row.prefill and row.prefill_block_size % matrix.BLOCK_SIZE for row in rows)
+
+
 def test_the_full_matrix_is_full() -> None:
     """Every combination that means something, and the aggregated mode; all prompts unless that can't preempt."""
     rows = [matrix.BASELINE, *matrix.FULL]
