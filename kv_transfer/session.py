@@ -10,6 +10,11 @@ Receiver: `on_open` -> {`on_offer` gives a plan, `copy(plan)` in a worker thread
 
 A message that breaks the rules raises and the stream ends with that error. A session dies with its stream; the lease
 lives on for another attempt. Generations are checked around each copy and for every block before the commit.
+
+Room for what isn't built, beside `plan`'s: a push by layers would have Offers name a range of layers as well, and the
+receiver's order of offers go by (layers, tokens); to fetch a prefix from the other side a prefill worker would be the
+receiver of a transfer, with a lease of its own and a commit that brings no record; a worker that changes its role keeps
+its pool and incarnation and serves the other end, for neither end asks which service runs it.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def can_pair(prefill: KvLayout, decode: KvLayout, *, convert_dtype: bool = False
     worker's --convert-kv-dtype) allows what does.
     """
     why = _why_not(prefill, decode, convert_dtype)
-    return f"KV layouts can't be paired: {why}; prefill has {prefill}, decode {decode}" if why else None
+    return f"KV layouts don't fit: {why}; prefill has {prefill}, decode {decode}" if why else None
 
 
 def changes_values(source: KvLayout, target: KvLayout) -> bool:

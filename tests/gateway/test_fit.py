@@ -92,6 +92,24 @@ async def test_other_block_sizes_are_paired(cluster: Cluster, serve: Any) -> Non
     assert request.target.convert_kv_dtype
 
 
+async def test_only_pairs_that_fit_are_used(cluster: Cluster, serve: Any) -> None:
+    """Beside a pair of two block sizes there are workers of other heads and dtypes: they get nothing, however idle."""
+    other = wire.layout_to_pb(replace(LAYOUT, num_kv_heads=4))
+    bf16 = wire.layout_to_pb(replace(LAYOUT, dtype="bfloat16"))
+    await cluster.add_prefill(layout=other)
+    fitting = await cluster.add_prefill(layout=wire.layout_to_pb(replace(LAYOUT, block_size=24)))
+    await cluster.add_decode(layout=bf16)
+    decode = await cluster.add_decode()
+    decode.load.running_sequences = 20
+    front = await serve()
+    for number in range(3):
+        prompt = range(100 * number, 100 * number + 64)
+        assert tokens_of(await front.collect(front.stream(prompt=prompt))) == expected(8)
+    assert len(fitting.records) == len(decode.records) == 3
+    assert cluster.prefill[0].records == []
+    assert cluster.decode[0].records == []
+
+
 @pytest.mark.parametrize(("block_size", "chunk"), [(0, 32), (1, 32), (16, 32), (24, 48), (32, 32), (256, 256)])
 def test_what_is_remembered_is_whole_blocks_of_the_worker(block_size: int, chunk: int) -> None:
     assert chunk_for(block_size) == chunk

@@ -13,6 +13,7 @@ from unlike_ends import NUM_BLOCKS, record, unlike_ends
 
 from kv_transfer import landing
 from kv_transfer.messages import Commit, Offer
+from kv_transfer.peers import SenderTable
 from kv_transfer.staging import SLOTS, StagingPool
 from tandem.errors import DataCorruptionError, IncompatibleError, InternalError, InvalidRequestError, StaleError
 from tandem.kv_layout import PAIRED_ORDER, KvLayout, staged_bytes
@@ -224,6 +225,30 @@ def test_what_ends_while_it_is_staged_is_not_acknowledged(monkeypatch: pytest.Mo
             receive.copy(receive.on_offer(offer))
         assert ends.released == (["r"] if ending == "lease" else [])
         assert not lease.committed
+
+
+def test_another_attempt_may_come_from_yet_another_layout() -> None:
+    """Retargeted half way: the second sender's blocks are of another size than the first's."""
+    target = replace(LAYOUT, block_size=32)
+    codes = random_tokens(LAYOUT, 90)
+    with unlike_ends("memory", LAYOUT, target) as ends, unlike_ends("memory", in_order(24, PLAIN), target) as others:
+        ends.write(torch.zeros_like(codes))
+        others.write(codes)
+        lease = ends.grant(0, 90)
+        send, receive = ends.opened(lease)
+        send.ready(64, ends.source_blocks)
+        while (offer := send.next_offer()) is not None:
+            send.on_ack(receive.copy(receive.on_offer(offer)))
+        assert not lease.retarget(1)
+        others.receiver = replace(ends.receiver, senders=SenderTable())
+        second, receiving = others.opened(lease, attempt=1)
+        second.ready(90, others.source_blocks)
+        while (offer := second.next_offer()) is not None:
+            second.on_ack(receiving.copy(receiving.on_offer(offer)))
+        with pytest.raises(StaleError):
+            receive.on_offer(Offer(1, 64, 90, (4, 5), (0, 0)))
+        assert not receiving.on_commit(second.commit(record())).already_committed
+        assert torch.equal(as_bits(ends.read(lease)), as_bits(codes))
 
 
 def test_offers_that_break_the_rules_of_unlike_blocks() -> None:
