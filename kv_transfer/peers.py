@@ -29,6 +29,7 @@ from tandem.errors import InvalidRequestError, PermissionDeniedError
 
 MOST_SENDERS = 4096
 MAX_ENDPOINT_BYTES = 256 << 10
+MAX_INCARNATION = 256
 SECRET_BYTES = 32
 LEAST_SECRET_BYTES = 16
 
@@ -122,6 +123,10 @@ class SenderTable:
 
 
 def _check_sizes(opening: Open) -> None:
+    if len(opening.source_incarnation) > MAX_INCARNATION:
+        raise InvalidRequestError(
+            f"an incarnation has at most {MAX_INCARNATION} characters", field="open.source_incarnation"
+        )
     if len(opening.endpoint) > MAX_ENDPOINT_BYTES:
         raise InvalidRequestError(f"an endpoint has at most {MAX_ENDPOINT_BYTES} bytes", field="open.endpoint")
     if opening.secret and not LEAST_SECRET_BYTES <= len(opening.secret) <= 2 * SECRET_BYTES:

@@ -127,7 +127,7 @@ def client_tls(
 ) -> ChannelTls | None:
     """How a client of the public API speaks TLS: trusting `ca`, with a certificate if one is given; None: in clear.
 
-    Raises ConfigError for files that can't be read or are needed together.
+    Raises ConfigError for files that can't be read, are needed together, or don't fit.
     """
     if not ca:
         if cert or key or server_name:
@@ -138,6 +138,9 @@ def client_tls(
     chain = read_bounded(Path(cert), "--tls-cert", MAX_PEM_BYTES) if cert else None
     private = read_bounded(Path(key), "--tls-key", MAX_PEM_BYTES) if key else None
     trusted = read_bounded(Path(ca), "--tls-ca", MAX_PEM_BYTES)
+    context = _context(Path(ca), ssl.PROTOCOL_TLS_CLIENT)
+    if cert and key:
+        _load_own(context, Path(cert), Path(key))
     return ChannelTls(grpc.ssl_channel_credentials(trusted, private, chain), server_name)
 
 
@@ -171,7 +174,9 @@ def check_files(files: TlsFiles, name: str) -> str:
 
     Raises ConfigError: no PEM, a key of another certificate, an unknown authority, a wrong time, a missing name.
     """
-    server, client = _context(files, ssl.PROTOCOL_TLS_SERVER), _context(files, ssl.PROTOCOL_TLS_CLIENT)
+    server, client = (_context(files.ca, kind) for kind in (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT))
+    for context in (server, client):
+        _load_own(context, files.cert, files.key)
     server.verify_mode = ssl.CERT_REQUIRED
     try:
         return _handshake(server, client, name)
@@ -181,19 +186,24 @@ def check_files(files: TlsFiles, name: str) -> str:
         raise ConfigError(f"--tls-cert: {files.cert} would be refused by peers: {exc.reason or exc}") from exc
 
 
-def _context(files: TlsFiles, protocol: int) -> ssl.SSLContext:
+def _context(ca: Path, protocol: int) -> ssl.SSLContext:
+    """Trusts the authorities in `ca`. Raises ConfigError."""
     context = ssl.SSLContext(protocol)
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)  # gRPC isn't that strict
     try:
-        context.load_verify_locations(files.ca)
+        context.load_verify_locations(ca)
     except (OSError, ssl.SSLError) as exc:
-        raise ConfigError(f"--tls-ca: {files.ca} holds no certificates: {_reason(exc)}") from exc
-    try:
-        context.load_cert_chain(files.cert, files.key, password=_no_password)
-    except (OSError, ssl.SSLError, ValueError) as exc:
-        what = f"{files.key} is no unencrypted private key of the certificate in {files.cert}"
-        raise ConfigError(f"--tls-key: {what}: {_reason(exc)}") from exc
+        raise ConfigError(f"--tls-ca: {ca} holds no certificates: {_reason(exc)}") from exc
     return context
+
+
+def _load_own(context: ssl.SSLContext, cert: Path, key: Path) -> None:
+    """Raises ConfigError."""
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except (OSError, ssl.SSLError, ValueError) as exc:
+        what = f"{key} is no unencrypted private key of the certificate in {cert}"
+        raise ConfigError(f"--tls-key: {what}: {_reason(exc)}") from exc
 
 
 def _no_password() -> str:

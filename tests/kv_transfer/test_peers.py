@@ -101,6 +101,7 @@ def test_entries_are_bounded_and_leave_nothing() -> None:
     ("changes", "field"),
     [
         ({"endpoint": b"x" * (MAX_ENDPOINT_BYTES + 1)}, "open.endpoint"),
+        ({"source_incarnation": "x" * 257}, "open.source_incarnation"),
         ({"secret": b"short"}, "open.source_secret"),
         ({"secret": b"x" * 65}, "open.source_secret"),
     ],

@@ -257,6 +257,21 @@ def test_flags_come_together() -> None:
             client_tls(**given)
 
 
+def test_clients_files_that_do_not_fit(authority: Authority, tmp_path: Path) -> None:
+    """Told at once, not as a connection that fails."""
+    good, other, nonsense = authority.issue("a"), authority.issue("b"), tmp_path / "nonsense"
+    nonsense.write_text("nonsense")
+    assert client_tls(good.ca, good.cert, good.key) is not None
+    for given, words in (
+        ((nonsense,), "--tls-ca: .*nonsense holds no certificates"),
+        ((tmp_path / "none",), "--tls-ca: .*none can't be read"),
+        ((good.ca, good.cert, other.key), "--tls-key: .*b.key is no unencrypted private key"),
+        ((good.ca, nonsense, good.key), "--tls-key: "),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            client_tls(*given)
+
+
 def test_secret_files_are_not_for_others_to_write(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.touch(0o600)
