@@ -19,6 +19,7 @@ from typing import Any, Self, cast
 
 from bench.transfer_sender import INCARNATION as SENDER
 from bench.transfer_sender import MODEL, NUMERICS, fill_of
+from decode_service import transfer_servicer
 from decode_service.transfer_servicer import TransferServicer
 from decode_service.worker import DecodeWorker
 from kv_transfer.leases import Lease, LeaseTable
@@ -29,7 +30,6 @@ from kv_transfer.transport import SourceView
 from tandem.errors import InternalError
 from tandem.kv_layout import KvLayout
 from tandem.service.server import ServerShell
-from tandem.v1 import kv_transfer_pb2_grpc
 from worker.identity import WorkerIdentity
 
 INCARNATION = "bench-receiver"
@@ -90,7 +90,7 @@ class ReceivingEnd:
         self._shell = ServerShell("decode", "127.0.0.1:0")
         targets = {name: target_transport(name) for name in self._transports}
         self._servicer = TransferServicer(cast(DecodeWorker, self._worker), targets)
-        kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(self._servicer, self._shell.server)
+        transfer_servicer.add_to_server(self._servicer, self._shell.server)
         self._address = await self._shell.start()
         settings = {
             "layout": dataclasses.asdict(self._layout),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from decode_service import transfer_servicer
 from decode_service.config import SchedulerConfig
 from decode_service.metrics import StepMetrics
 from decode_service.scheduler import Scheduler
@@ -20,7 +21,7 @@ from tandem.service.metrics import Metrics
 from tandem.service.peers import callers
 from tandem.service.server import ServerShell
 from tandem.service.tls import ROLE_NAMES, Tls
-from tandem.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc
+from tandem.v1 import decode_pb2_grpc
 from worker import assembly
 from worker.identity import WorkerIdentity
 
@@ -78,7 +79,7 @@ def assemble(parts: Parts, listen: str, metrics: Metrics | None = None, tls: Tls
     transfers = TransferServicer(worker, {name: target_transport(name) for name in identity.transports})
     shell = ServerShell("decode", listen, tls=tls, admit=callers(SERVICES) if tls is not None else None)
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker), shell.server)
-    kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(transfers, shell.server)
+    transfer_servicer.add_to_server(transfers, shell.server)
     for name in SERVICES:
         shell.add_service(name)
     return Assembly(shell, worker, transfers, pool)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import grpc
 
 from decode_service.worker import HEARTBEAT_SECONDS, DecodeWorker
-from kv_transfer.messages import Ack, Commit, Committed, Opened
+from kv_transfer.messages import Ack, Commit, Committed, Offer, Opened
 from kv_transfer.peers import Identity
 from kv_transfer.session import CopyPlan, Receiver, ReceiveSession
 from kv_transfer.staging import StagingPool
@@ -28,11 +28,13 @@ from tandem.service.logging import get_logger
 from tandem.service.peers import peer_of
 from tandem.v1 import kv_transfer_pb2, kv_transfer_pb2_grpc
 from worker import transfer_messages as messages
+from worker import transfer_wire
 
 _log = get_logger(__name__)
 _T = TypeVar("_T")
-Requests = AsyncIterator[kv_transfer_pb2.TransferRequest]
+Requests = AsyncIterator[kv_transfer_pb2.TransferRequest | Offer]
 Context = grpc.aio.ServicerContext[Any, Any]
+SERVICE = "tandem.v1.KvTransferService"
 FIRST_MESSAGE_SECONDS = 10.0
 COPY_THREADS = 4
 
@@ -79,6 +81,18 @@ class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
             raise
         finally:
             transfer.close()
+
+
+def add_to_server(servicer: TransferServicer, server: grpc.aio.Server) -> None:
+    """As the generated code would, with a deserializer that leaves the blocks' bytes where they are."""
+    handlers = {
+        "Transfer": grpc.stream_stream_rpc_method_handler(
+            servicer.Transfer,
+            request_deserializer=transfer_wire.Requests.FromString,
+            response_serializer=kv_transfer_pb2.TransferResponse.SerializeToString,
+        )
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
 class _Transfer:
@@ -151,7 +165,7 @@ class _Transfer:
             request = await asyncio.wait_for(anext(requests, None), FIRST_MESSAGE_SECONDS)
         except TimeoutError:
             raise DeadlineError(f"no Open within {FIRST_MESSAGE_SECONDS:g} seconds") from None
-        if request is None or request.WhichOneof("event") != "open":
+        if request is None or isinstance(request, Offer) or request.WhichOneof("event") != "open":
             raise InvalidRequestError("the first message of a transfer must be Open", field="open")
         opening = messages.open_from_pb(request.open)
         if request.open.heartbeats:
@@ -163,6 +177,9 @@ class _Transfer:
 
     async def _read(self, requests: Requests) -> None:
         async for request in requests:
+            if isinstance(request, Offer):
+                self._start_copy(self._session.on_offer(request))
+                continue
             kind = request.WhichOneof("event")
             if kind == "offer":
                 self._start_copy(self._session.on_offer(messages.offer_from_pb(request.offer)))

@@ -22,7 +22,7 @@ class GrpcSource:
     """The sender's end."""
 
     name = "grpc"
-    max_offer_bytes = 4 << 20
+    max_offer_bytes = 2 << 20
     """Far below the 64 MiB of a message, and short enough to let other streams' frames pass between."""
 
     def __init__(self, pool: PoolMemory, incarnation: str) -> None:

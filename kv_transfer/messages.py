@@ -49,8 +49,8 @@ class Offer:
     blocks: tuple[int, ...]
     generations: tuple[int, ...]
     """Of `blocks`, when they were known to be held."""
-    payload: bytes = b""
-    """The blocks one after another, when the bytes ride in the stream."""
+    payload: bytes | memoryview = b""
+    """The blocks one after another, when the bytes ride in the stream. A view where they came in."""
     checksums: tuple[int, ...] = ()
     """CRC-32 of each block's bytes; empty where the transport needs none."""
 

@@ -29,6 +29,7 @@ from tandem.service.call_status import CallStatus
 from tandem.service.silence import Silence
 from tandem.v1 import kv_transfer_pb2
 from worker import transfer_messages as messages
+from worker.transfer_wire import offer_to_wire
 
 METHOD = "/tandem.v1.KvTransferService/Transfer"
 _T = TypeVar("_T")
@@ -147,18 +148,29 @@ class Transfer:
 
     async def _write(self, call: Any) -> None:
         await call.write(await self._in_thread(self._open))
-        while True:
-            self._news.clear()
-            offer = await self._in_thread(self._next_offer)
-            if offer is not None:
-                self._first_offer = self._first_offer or time.perf_counter()
-                await call.write(offer)
-            elif (record := self._record) is not None and self._session.all_offered:
-                await call.write(await self._in_thread(lambda: self._commit(record)))
-                await call.done_writing()
-                return
-            else:
-                await self._news.wait()
+        coming = self._produce()
+        try:
+            while True:
+                offer = await coming
+                if offer is not None:
+                    self._first_offer = self._first_offer or time.perf_counter()
+                    coming = self._produce()  # while this one is written
+                    await call.write(offer)
+                elif (record := self._record) is not None and self._session.all_offered:
+                    await call.write(await self._in_thread(lambda: self._commit(record)))
+                    await call.done_writing()
+                    return
+                else:
+                    await self._news.wait()
+                    coming = self._produce()
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
+
+    def _produce(self) -> asyncio.Future[bytes | None]:
+        """The next offer, or None if there is none yet; what is news after this call leads to another one."""
+        self._news.clear()
+        return asyncio.ensure_future(self._in_thread(self._next_offer))
 
     def _open(self) -> bytes:
         """Serialized in a worker thread, like what follows: it must not cost the event loop's time."""
@@ -171,7 +183,7 @@ class Transfer:
             self._session.ready(end, self._blocks)
             self._taken_end = end
         offer = self._session.next_offer()
-        return None if offer is None else messages.offer_to_pb(offer).SerializeToString()
+        return None if offer is None else offer_to_wire(offer)
 
     def _commit(self, record: Record) -> bytes:
         return messages.commit_to_pb(self._session.commit(record)).SerializeToString()

@@ -50,7 +50,7 @@ def offer_to_pb(message: Offer) -> pb.TransferRequest:
         token_end=message.token_end,
         blocks=message.blocks,
         generations=message.generations,
-        payload=message.payload,
+        payload=bytes(message.payload),
         checksums=message.checksums,
     )
     return pb.TransferRequest(offer=offer)
