@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +19,7 @@ from certificates import ROLES, Authority, Issued
 
 from tandem.client import Client, GenerateResult
 from tandem.errors import UnauthenticatedError, UnavailableError
+from tandem.models import resolve_model
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it sleeps. " * 6
 MOVED = "tandem_nixl_bytes_transferred_total"
@@ -85,6 +93,60 @@ def test_tls_and_tenants(
         assert stack.stop() == 0
     finally:
         stack.kill()
+
+
+@contextmanager
+def service(module: str, issued: Issued, log: Path, *flags: str) -> Iterator[dict[str, Any]]:
+    """One process with a certificate of its own; gives what it says when it is ready."""
+    command = [sys.executable, "-m", module, "--model", str(resolve_model("default")), *issued.flags(), *flags]
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True)
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"{module} did not start: {log.read_text()[-2000:]}"
+        yield json.loads(line)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, log.read_text()[-2000:]
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+        print(f"stderr of {module}:\n{log.read_text()[-4000:]}")
+
+
+def moved(metrics: str) -> float:
+    """Bytes of KV that a worker counted."""
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(MOVED))
+
+
+def test_three_services_with_a_certificate_each(authority: Authority, eventually: Any, tmp_path: Path) -> None:
+    """Started one by one, as on three machines: each has its role's name alone, and clients need a certificate."""
+    issued = {role.removeprefix("tandem-"): authority.issue(role, role) for role in ROLES}
+    mine = authority.issue("me", "me.example")
+    worker = ["--transport", "grpc", "--num-blocks", "256", "--drain-grace", "1"]
+    with (
+        service("decode_service", issued["decode"], tmp_path / "decode.log", *worker) as decode,
+        service("prefill_service", issued["prefill"], tmp_path / "prefill.log", *worker) as prefill,
+        service(
+            "gateway",
+            issued["gateway"],
+            tmp_path / "gateway.log",
+            *("--tls-client-auth", "required", "--local-prefill-threshold", "0"),
+            *("--decode-worker", decode["address"], "--prefill-worker", prefill["address"]),
+        ) as gateway,
+        Client(gateway["address"], timeout=60, tls_ca=mine.ca, tls_cert=mine.cert, tls_key=mine.key) as client,
+    ):
+        eventually(lambda: [model.prefill_workers for model in client.models()] == [1])
+        result = client.generate(PROMPT, temperature=0.0, max_tokens=4, ignore_eos=True)
+        assert len(result.token_ids) == 4
+        eventually(lambda: moved(decode["metrics"]) > 0)
 
 
 def test_up_refuses_a_certificate_that_lacks_a_service(authority: Authority, start_stack: Any) -> None:
