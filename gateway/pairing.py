@@ -67,6 +67,10 @@ class Pairing:
             raise IncompatibleError(texts[0], reason="INCOMPATIBLE_WORKERS")
         return fitting or decode
 
+    def alive(self) -> set[str]:
+        """Incarnations that report their load now."""
+        return {w.info.incarnation for w in (*self._pool.prefill, *self._pool.decode) if w.connected}
+
     def choose(self, need: Need, now: float) -> Pair | None:
         """The cheapest pair with credit; None when the request has to wait. `now` is the loop's clock."""
         best: tuple[float, Pair] | None = None

@@ -61,6 +61,9 @@ class RequestRun:
         sequences = job.sampling.n
         self._need = Need(len(job.prompt), sequences, Prefix(job.prompt, job.cache_scope))
         self._dead: set[str] = set()
+        """Incarnations that were lost with the request aboard."""
+        self._failed: set[str] = set()
+        """Those of them whose engine failed, as they said themselves."""
         self._lost = 0
         self._told = False
         self._lacking: list[Delta | Finished] = []
@@ -109,6 +112,7 @@ class RequestRun:
     async def _once(self) -> None:
         """One decode worker."""
         job, services = self._job, self._services
+        self._forgive()
         services.metrics.num_requests_waiting.inc()
         try:
             ticket = await services.dispatcher.acquire(
@@ -208,6 +212,7 @@ class RequestRun:
         if isinstance(error, InternalError) and not lost.ended.died:
             if not self._services.pairing.candidates(self._need):
                 raise error
+            self._failed.add(worker.info.incarnation)
         elif lost.ended.died:
             worker.failed()
         if lost.heard and (lost.ended.died or isinstance(error, InternalError)):
@@ -223,8 +228,16 @@ class RequestRun:
     def _died(self, worker: Worker) -> None:
         """A request that was aboard several workers that died is taken for the cause."""
         self._dead.add(worker.info.incarnation)
-        if len(self._dead) >= self._services.config.patience.max_deaths:
-            raise InternalError(f"the request was aboard {len(self._dead)} workers that died", reason="POISON_REQUEST")
+        # Who is heard of again did not die: the way to it broke. But an engine that failed is no better for answering.
+        dead = self._dead - (self._services.pairing.alive() - self._failed)
+        if len(dead) >= self._services.config.patience.max_deaths:
+            raise InternalError(f"the request was aboard {len(dead)} workers that died", reason="POISON_REQUEST")
+
+    def _forgive(self) -> None:
+        """Where nobody else is left, workers that were lost may go on with the request once they are heard of again."""
+        lost = self._need.avoid - self._failed
+        if lost and not self._services.pairing.candidates(self._need):
+            self._need = replace(self._need, avoid=self._need.avoid - lost)
 
     def _count(self) -> None:
         counted, job, now = self.counted, self._job, self._now()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import statistics
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from tandem.service.channel import open_channel
 from tandem.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 
 SETTLE_SECONDS = 30.0
+MOST_GROWTH = 1.25
 MOST_MORE_DESCRIPTORS = 24
 MOST_MORE_THREADS = 16
 """Over what the process had at its first quiet moment: connections come and go, gRPC's threads grow to a bound."""
@@ -34,17 +36,16 @@ class Holding:
     rss: int
 
 
-def holding(place: Place) -> Holding:
-    """Now."""
-    assert place.process is not None
-    process = psutil.Process(place.process.pid)
+def holding(pid: int, start: int = 0) -> Holding:
+    """Now. `start` tells the lives of one place apart."""
+    process = psutil.Process(pid)
     links = []
     for entry in os.scandir(f"/proc/{process.pid}/fd"):
         with contextlib.suppress(OSError):
             links.append(os.readlink(entry.path))
     memfds = sum(link.startswith("/memfd:") for link in links)
     rss = process.memory_info().rss
-    return Holding(place.starts, len(links), memfds, process.num_threads(), len(process.children()), rss)
+    return Holding(start, len(links), memfds, process.num_threads(), len(process.children()), rss)
 
 
 async def load_of(place: Place) -> types_pb2.WorkerLoad:
@@ -99,10 +100,21 @@ class Leaks:
             await self._settled(place)
             if failures := await asyncio.to_thread(_integrity_failures, place):
                 self.problems.append(f"{place.name}: {failures:g} integrity failures")
-        now = {place.name: holding(place) for place in self._stack.places}
+        now = {p.name: holding(p.process.pid, p.starts) for p in self._stack.places if p.process is not None}
         self.rss.append(sum(each.rss for each in now.values()))
+        clients = holding(os.getpid())
+        self._compare("the clients", clients, self._first.setdefault(("the clients", 0), clients), ours=True)
         for name, each in now.items():
             self._compare(name, each, self._first.setdefault((name, each.start), each))
+        self._check_trend()
+
+    def _check_trend(self) -> None:
+        """Processes come and go, so that only the whole is worth a look, over a while."""
+        third = len(self.rss) // 3
+        if third >= 2:
+            first, last = statistics.median(self.rss[:third]), statistics.median(self.rss[-third:])
+            if last > MOST_GROWTH * first:
+                self.problems.append(f"memory grows: {[rss >> 20 for rss in self.rss]} MiB")
 
     async def _settled(self, place: Place) -> None:
         still = ""
@@ -113,12 +125,12 @@ class Leaks:
         if still:
             self.problems.append(f"{place.name} still holds {still}, {SETTLE_SECONDS:g} s after the last stream")
 
-    def _compare(self, name: str, now: Holding, first: Holding) -> None:
+    def _compare(self, name: str, now: Holding, first: Holding, *, ours: bool = False) -> None:
         if now.descriptors > first.descriptors + MOST_MORE_DESCRIPTORS:
             self.problems.append(f"{name}: {now.descriptors} descriptors, at first {first.descriptors}")
         if now.threads > first.threads + MOST_MORE_THREADS:
             self.problems.append(f"{name}: {now.threads} threads, at first {first.threads}")
-        if now.children:
+        if now.children and not ours:
             self.problems.append(f"{name}: {now.children} processes of its own")
         most = 2 + len(self._stack.of("prefill"))  # its own pool, and the pools that a decode worker reads
         if now.memfds > most:

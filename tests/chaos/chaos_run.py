@@ -118,7 +118,7 @@ class Run:
         """One fault after the other, each as soon as every role has a worker again."""
         while time.monotonic() < until:
             await asyncio.sleep(self._settings.pause)
-            await stack.until(stack.each_role_up, 60)
+            await stack.until(stack.each_role_up, 120)
             faults.inject(draw(self._settings.seed, len(faults.log), stack))
 
     async def _quiet(self, stack: Stack, clients: Clients, faults: Faults, leaks: Leaks) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 from chaos_proxy import Proxy
-from small_cluster import Small, expected
+from small_cluster import PATIENCE, Small, expected
 
 from tandem.client import AsyncClient, Delta, End
+from tandem.errors import UnavailableError
 from tandem.service.channel import channel_options
 from tandem.service.server import server_options
 
@@ -221,3 +223,42 @@ async def test_a_peer_that_is_gone_without_a_word_is_found_out() -> None:
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     await server.stop(0)
     await proxy.close()
+
+
+async def test_a_pool_of_one_comes_back(start_small: Any) -> None:
+    """While its only decode worker can't be reached: UNAVAILABLE with a time to try again. Then it serves again."""
+    cluster = await start_small(prefill=1, decode=1, patience=replace(PATIENCE, no_worker_grace=0.5))
+    (decode,) = cluster.decode
+    target, decode.proxy.target = decode.proxy.target, ""
+    decode.proxy.cut()
+    async with AsyncClient(cluster.gateways[0].address, tries=1) as client:
+        with pytest.raises(UnavailableError) as caught:
+            await client.generate(token_ids=_prompt(0), max_tokens=4, timeout=20)
+        assert (caught.value.reason, caught.value.retry_after) == ("NO_WORKER", 2.0)
+        decode.proxy.target = target
+        answer = await client.generate(token_ids=_prompt(0), seed=0, max_tokens=4, ignore_eos=True, timeout=20)
+    assert list(answer.token_ids) == expected(_prompt(0), 0, 4)
+    await cluster.settled()
+
+
+@pytest.mark.parametrize("decode", [2, 1])
+async def test_a_network_that_breaks_again_and_again_makes_no_poison(start_small: Any, decode: int) -> None:
+    """Links to every decode worker break under one request. They live, so that it can't have killed them, and where
+    nobody else is left it goes on where it was.
+    """
+    cluster = await start_small(prefill=1, decode=decode)
+    for each in cluster.decode:
+        each.runner.pace = 0.05
+    seen: list[int] = []
+    moves: list[int] = []
+    stream = asyncio.ensure_future(_stream(cluster, 0, seen, moves))
+    pool = cluster.gateways[0].pool
+    for enough in (3, 6, 9):
+        await cluster.until(lambda enough=enough: len(seen) >= enough)
+        await cluster.until(lambda: all(worker.ready for worker in pool.decode))
+        busy = max(cluster.decode, key=lambda each: each.worker.open_calls)
+        busy.proxy.cut()
+        await cluster.until(lambda busy=busy: not busy.worker.open_calls)
+    _check([await stream])
+    assert moves == [3], "the gateway did it, not the client"
+    await cluster.settled()

@@ -90,6 +90,8 @@ class FakeWorker:
         self.silent = False
         self.load_silent = False
         """No load reports; streams go on."""
+        self.dies_for_good = False
+        """`die_after` ends the load reports too: unlike a link that broke."""
         # Shared by several workers: one of them fails per entry. None: every time.
         self.faults: list[str] | None = None
 
@@ -129,6 +131,7 @@ class FakeWorker:
                 return
             self.faults.pop()
         if self.die_after is not None and done >= self.die_after:
+            self.silent = self.dies_for_good
             # No details: as the transport says it when the process is gone.
             await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
         if self.drain_after is not None and done >= self.drain_after:

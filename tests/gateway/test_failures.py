@@ -271,7 +271,7 @@ async def test_poison_request(cluster: Cluster, serve: Any) -> None:
     """Aboard two workers that died: INTERNAL, and the third is spared."""
     await cluster.start(prefill=0, decode=3)
     for worker in cluster.decode:
-        worker.die_after = 1
+        worker.die_after, worker.dies_for_good = 1, True
     front = await serve()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await front.collect(front.stream())
@@ -324,7 +324,8 @@ async def test_migration_needs_the_same_numerics(cluster: Cluster, serve: Any) -
     """A worker that computes other bits never continues a stream."""
     await cluster.start(prefill=0)
     await cluster.add_decode(numerics_id="bf16")
-    cluster.decode[0].die_after = cluster.decode[1].die_after = 2
+    for worker in cluster.decode:
+        worker.die_after, worker.dies_for_good = 2, True
     front = await serve()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await front.collect(front.stream())
