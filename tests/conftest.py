@@ -187,6 +187,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exact-full", action="store_true", help="run every way of tests/exact, not the pairwise selection"
     )
+    parser.addoption("--model-deep", action="store_true", help="explore the larger worlds of tests/model too")
 
 
 @pytest.fixture
