@@ -1,4 +1,6 @@
-"""Connections to decode workers, for KV alone: one per address, kept while used and a while after. Of the event loop.
+"""Connections to decode workers, for KV alone: a few per address, kept while used and a while after. Of the event loop.
+
+Transfers at one time go over connections of their own, up to LANES: blocks of one needn't queue behind another's.
 
 With TLS a renewed certificate is for new connections: the next transfer opens one, the old one goes with its last user.
 
@@ -18,12 +20,13 @@ from tandem.service.channel import open_service_channel
 from tandem.service.tls import Tls
 
 MOST_IDLE = 64
-_Key = tuple[str, int]
-"""Address, and the version of the certificate."""
+LANES = 4
+_Key = tuple[str, int, int]
+"""Address, version of the certificate, and lane."""
 
 
 class Channels:
-    """Channels by HOST:PORT. At most `most_idle` stay open without a user; the one used longest ago goes first."""
+    """Channels by HOST:PORT and lane. At most `most_idle` stay open without a user, those used last."""
 
     def __init__(self, most_idle: int = MOST_IDLE, tls: Tls | None = None) -> None:
         """Opens nothing."""
@@ -37,8 +40,8 @@ class Channels:
 
     @asynccontextmanager
     async def borrow(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
-        """The channel of `address`, which must be HOST:PORT."""
-        key = address, self._tls.version if self._tls is not None else 0
+        """A channel to `address`, which must be HOST:PORT: the one with the fewest users."""
+        key = self._least_used(address)
         channel = self._channels.get(key)
         if channel is None:
             channel = self._channels[key] = open_service_channel(address, "decode", self._tls, for_bulk=True)
@@ -52,8 +55,14 @@ class Channels:
                 del self._users[key]
             await self._close_idle()
 
+    def _least_used(self, address: str) -> _Key:
+        """An open one that nobody uses before a new one, a new one before one that is in use."""
+        version = self._tls.version if self._tls is not None else 0
+        keys = [(address, version, lane) for lane in range(LANES)]
+        return min(keys, key=lambda key: (self._users[key], key not in self._channels))
+
     async def _close_idle(self) -> None:
-        newest = max((certificate for _, certificate in self._channels), default=0)
+        newest = max((certificate for _, certificate, _ in self._channels), default=0)
         idle = [key for key in self._channels if key not in self._users]
         current = [key for key in idle if key[1] == newest]
         gone = [key for key in idle if key[1] != newest] + current[: max(0, len(current) - self._most_idle)]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from contextlib import AsyncExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from kv_transfer.pool import SharedPool
 from prefill_service import wiring
 from prefill_service.__main__ import main
 from prefill_service.blame import target_error
-from prefill_service.channels import Channels
+from prefill_service.channels import LANES, Channels
 from prefill_service.flags import parse_flags
 from tandem.errors import ConfigError, DeadlineError, DrainingError, RequestCancelledError, UnavailableError
 from tandem.record import Record
@@ -202,15 +203,26 @@ async def test_announcing_to_nobody_is_a_start_error(monkeypatch: pytest.MonkeyP
 async def test_idle_channels_are_bounded() -> None:
     channels = Channels(most_idle=1)
     async with channels.borrow("127.0.0.1:1") as first, channels.borrow("127.0.0.1:2"):
-        async with channels.borrow("127.0.0.1:1") as again:
-            assert again is first
-        assert len(channels) == 2
+        async with channels.borrow("127.0.0.1:1") as beside:
+            assert beside is not first
+        assert len(channels) == 3
     assert len(channels) == 1
     async with channels.borrow("127.0.0.1:1") as later:
-        assert later is first, "the one used last is kept"
+        assert later is beside, "the one taken last is kept"
     await channels.close()
     assert len(channels) == 0
-    assert first.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+    assert first.get_state() is beside.get_state() is grpc.ChannelConnectivity.SHUTDOWN
+
+
+async def test_transfers_at_one_time_have_connections_of_their_own_up_to_a_bound() -> None:
+    channels = Channels()
+    async with AsyncExitStack() as stack:
+        taken = [await stack.enter_async_context(channels.borrow("127.0.0.1:1")) for _ in range(LANES + 1)]
+        assert len(set(taken)) == len(channels) == LANES
+    async with channels.borrow("127.0.0.1:1") as later:
+        assert later in taken, "an idle one before a new one"
+    assert len(channels) == LANES
+    await channels.close()
 
 
 async def test_a_renewed_certificate_opens_another_channel(authority: Authority) -> None:
