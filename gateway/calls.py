@@ -175,6 +175,7 @@ class PrefillCall(Call):
             layout=decode.info.layout,
             transports=decode.info.transports,
             convert_kv_dtype=decode.info.convert_kv_dtype,
+            host_id=decode.info.host_id,
         )
         request = prefill_pb2.PrefillRequest(
             record=wire.record_to_pb(record), incarnation=self.worker.info.incarnation, target=target

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from kv_transfer import nixl_agent
 from kv_transfer.grpc import GrpcSource, GrpcTarget
@@ -65,12 +68,29 @@ def target_transport(name: str) -> TargetTransport:
     return _TARGETS[name]()
 
 
-def choose(source_names: Sequence[str], target_names: Sequence[str]) -> str:
+def host_id() -> str:
+    """Equal for processes that can share memory: of one boot of one machine, network namespace and user.
+
+    Empty where the system doesn't say.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/net").st_ino
+    except OSError:
+        return ""
+    return hashlib.sha256(f"{boot} {namespace} {os.geteuid()}".encode()).hexdigest()[:32]
+
+
+def choose(source_names: Sequence[str], target_names: Sequence[str], *, one_host: bool = True) -> str:
     """The first of the sender's transports that the receiver has too; both lists are best first.
 
-    Raises IncompatibleError, naming both lists, when none is common.
+    Shared memory is left out unless they are on `one_host`. Raises IncompatibleError, naming both lists, when none is
+    common.
     """
     for name in source_names:
-        if name in target_names:
+        if name in target_names and (one_host or name != ShmSource.name):
             return name
-    raise IncompatibleError(f"no common transport: sender has {list(source_names)}, receiver has {list(target_names)}")
+    where = "" if one_host else ", on another host"
+    raise IncompatibleError(
+        f"no common transport: sender has {list(source_names)}, receiver has {list(target_names)}{where}"
+    )

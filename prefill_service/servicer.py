@@ -127,6 +127,7 @@ def target_from_pb(message: prefill_pb2.TransferTarget) -> Target:
         needed_end=message.needed_end,
         layout=wire.layout_from_pb(message.layout),
         transports=tuple(message.transports),
+        host_id=message.host_id,
         convert_kv_dtype=message.convert_kv_dtype,
     )
 

@@ -43,6 +43,7 @@ class Target:
     layout: KvLayout
     transports: tuple[str, ...]
     convert_kv_dtype: bool = False
+    host_id: str = ""
 
 
 class PrefillWorker(Worker[Job]):
@@ -96,7 +97,7 @@ class PrefillWorker(Worker[Job]):
         check_pair(self.identity.layout, target.layout, convert_dtype=target.convert_kv_dtype)
         session = SendSession(
             self._sender,
-            self._transports[choose(list(self._transports), target.transports)],
+            self._transports[self._transport_to(target)],
             lease_id=target.lease_id,
             attempt=target.attempt,
             target_incarnation=target.incarnation,
@@ -105,6 +106,10 @@ class PrefillWorker(Worker[Job]):
         job = Job(self._new_key(), record, transfer, self.metrics)
         self._enter(job.key, job)
         return job
+
+    def _transport_to(self, target: Target) -> str:
+        here, there = self.identity.host_id, target.host_id
+        return choose(list(self._transports), target.transports, one_host=not here or not there or here == there)
 
     def close_job(self, job: Job) -> None:
         """The call is over, however it ended: free what it holds, here and on the way to the decode worker."""

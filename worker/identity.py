@@ -29,6 +29,8 @@ class WorkerIdentity:
     metrics_address: str = ""
     convert_kv_dtype: bool = False
     """Of a decode worker: it takes KV of another dtype and rounds it."""
+    host_id: str = ""
+    """See `kv_transfer.registry.host_id`."""
 
     def check_incarnation(self, meant: str) -> None:
         """Raises StaleError for a message to an earlier life of this address."""

@@ -10,6 +10,7 @@ from typing import Any
 from engine.loading import BufferFactory, Engine, load_engine, resolve
 from engine.weights.checkpoint import read_config
 from kernels import kv_order
+from kv_transfer.registry import host_id
 from tandem.kv_layout import DEFAULT_ORDER, PAIRED_ORDER, KvLayout
 from worker.flags import Flags
 from worker.identity import WorkerIdentity
@@ -45,6 +46,7 @@ def identity_of(engine: Engine, flags: Flags, metrics_address: str) -> WorkerIde
         architecture=model.architecture,
         quantization=model.quantization,
         metrics_address=metrics_address,
+        host_id=host_id(),
     )
 
 

@@ -32,6 +32,7 @@ def info_to_pb(identity: WorkerIdentity, role: types_pb2.WorkerRole.ValueType) -
         metrics_address=identity.metrics_address,
         architecture=identity.architecture,
         quantization=identity.quantization,
+        host_id=identity.host_id,
         convert_kv_dtype=identity.convert_kv_dtype,
     )
 

@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import types_pb2 as tandem_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/prefill.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\"\xd6\x01\n\x0eTransferTarget\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x14\n\x0cneeded_start\x18\x05 \x01(\r\x12\x12\n\nneeded_end\x18\x06 \x01(\r\x12#\n\x06layout\x18\x07 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x12\n\ntransports\x18\x08 \x03(\t\x12\x18\n\x10\x63onvert_kv_dtype\x18\t \x01(\x08\"s\n\x0ePrefillRequest\x12!\n\x06record\x18\x01 \x01(\x0b\x32\x11.tandem.v1.Record\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12)\n\x06target\x18\x03 \x01(\x0b\x32\x19.tandem.v1.TransferTarget\"(\n\x0fPrefillAccepted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"9\n\x0fPrefillProgress\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\";\n\x12PrefillFirstTokens\x12%\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x15.tandem.v1.TokenDelta\"\x84\x01\n\x0bPrefillDone\x12\'\n\x06status\x18\x01 \x01(\x0e\x32\x17.tandem.v1.CommitStatus\x12\x19\n\x11\x62ytes_transferred\x18\x02 \x01(\x04\x12\x17\n\x0fprefill_seconds\x18\x03 \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x04 \x01(\x01\"\xd9\x01\n\x0fPrefillResponse\x12.\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1a.tandem.v1.PrefillAcceptedH\x00\x12.\n\x08progress\x18\x02 \x01(\x0b\x32\x1a.tandem.v1.PrefillProgressH\x00\x12\x35\n\x0c\x66irst_tokens\x18\x03 \x01(\x0b\x32\x1d.tandem.v1.PrefillFirstTokensH\x00\x12&\n\x04\x64one\x18\x04 \x01(\x0b\x32\x16.tandem.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\"\x17\n\x15GetPrefillInfoRequest\"=\n\x16GetPrefillInfoResponse\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.tandem.v1.WorkerInfo\"\x19\n\x17WatchPrefillLoadRequest\"?\n\x18WatchPrefillLoadResponse\x12#\n\x04load\x18\x01 \x01(\x0b\x32\x15.tandem.v1.WorkerLoad*o\n\x0c\x43ommitStatus\x12\x1d\n\x19\x43OMMIT_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OMMIT_STATUS_COMMITTED\x10\x01\x12#\n\x1f\x43OMMIT_STATUS_ALREADY_COMMITTED\x10\x02\x32\x8a\x02\n\x0ePrefillService\x12\x42\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x1a.tandem.v1.PrefillResponse0\x01\x12U\n\x0eGetPrefillInfo\x12 .tandem.v1.GetPrefillInfoRequest\x1a!.tandem.v1.GetPrefillInfoResponse\x12]\n\x10WatchPrefillLoad\x12\".tandem.v1.WatchPrefillLoadRequest\x1a#.tandem.v1.WatchPrefillLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/prefill.proto\x12\ttandem.v1\x1a\x15tandem/v1/types.proto\"\xe7\x01\n\x0eTransferTarget\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x14\n\x0cneeded_start\x18\x05 \x01(\r\x12\x12\n\nneeded_end\x18\x06 \x01(\r\x12#\n\x06layout\x18\x07 \x01(\x0b\x32\x13.tandem.v1.KvLayout\x12\x12\n\ntransports\x18\x08 \x03(\t\x12\x18\n\x10\x63onvert_kv_dtype\x18\t \x01(\x08\x12\x0f\n\x07host_id\x18\n \x01(\t\"s\n\x0ePrefillRequest\x12!\n\x06record\x18\x01 \x01(\x0b\x32\x11.tandem.v1.Record\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12)\n\x06target\x18\x03 \x01(\x0b\x32\x19.tandem.v1.TransferTarget\"(\n\x0fPrefillAccepted\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\"9\n\x0fPrefillProgress\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\";\n\x12PrefillFirstTokens\x12%\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x15.tandem.v1.TokenDelta\"\x84\x01\n\x0bPrefillDone\x12\'\n\x06status\x18\x01 \x01(\x0e\x32\x17.tandem.v1.CommitStatus\x12\x19\n\x11\x62ytes_transferred\x18\x02 \x01(\x04\x12\x17\n\x0fprefill_seconds\x18\x03 \x01(\x01\x12\x18\n\x10transfer_seconds\x18\x04 \x01(\x01\"\xd9\x01\n\x0fPrefillResponse\x12.\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1a.tandem.v1.PrefillAcceptedH\x00\x12.\n\x08progress\x18\x02 \x01(\x0b\x32\x1a.tandem.v1.PrefillProgressH\x00\x12\x35\n\x0c\x66irst_tokens\x18\x03 \x01(\x0b\x32\x1d.tandem.v1.PrefillFirstTokensH\x00\x12&\n\x04\x64one\x18\x04 \x01(\x0b\x32\x16.tandem.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\"\x17\n\x15GetPrefillInfoRequest\"=\n\x16GetPrefillInfoResponse\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.tandem.v1.WorkerInfo\"\x19\n\x17WatchPrefillLoadRequest\"?\n\x18WatchPrefillLoadResponse\x12#\n\x04load\x18\x01 \x01(\x0b\x32\x15.tandem.v1.WorkerLoad*o\n\x0c\x43ommitStatus\x12\x1d\n\x19\x43OMMIT_STATUS_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43OMMIT_STATUS_COMMITTED\x10\x01\x12#\n\x1f\x43OMMIT_STATUS_ALREADY_COMMITTED\x10\x02\x32\x8a\x02\n\x0ePrefillService\x12\x42\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x1a.tandem.v1.PrefillResponse0\x01\x12U\n\x0eGetPrefillInfo\x12 .tandem.v1.GetPrefillInfoRequest\x1a!.tandem.v1.GetPrefillInfoResponse\x12]\n\x10WatchPrefillLoad\x12\".tandem.v1.WatchPrefillLoadRequest\x1a#.tandem.v1.WatchPrefillLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.prefill_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMMITSTATUS']._serialized_start=1092
-  _globals['_COMMITSTATUS']._serialized_end=1203
+  _globals['_COMMITSTATUS']._serialized_start=1109
+  _globals['_COMMITSTATUS']._serialized_end=1220
   _globals['_TRANSFERTARGET']._serialized_start=62
-  _globals['_TRANSFERTARGET']._serialized_end=276
-  _globals['_PREFILLREQUEST']._serialized_start=278
-  _globals['_PREFILLREQUEST']._serialized_end=393
-  _globals['_PREFILLACCEPTED']._serialized_start=395
-  _globals['_PREFILLACCEPTED']._serialized_end=435
-  _globals['_PREFILLPROGRESS']._serialized_start=437
-  _globals['_PREFILLPROGRESS']._serialized_end=494
-  _globals['_PREFILLFIRSTTOKENS']._serialized_start=496
-  _globals['_PREFILLFIRSTTOKENS']._serialized_end=555
-  _globals['_PREFILLDONE']._serialized_start=558
-  _globals['_PREFILLDONE']._serialized_end=690
-  _globals['_PREFILLRESPONSE']._serialized_start=693
-  _globals['_PREFILLRESPONSE']._serialized_end=910
-  _globals['_GETPREFILLINFOREQUEST']._serialized_start=912
-  _globals['_GETPREFILLINFOREQUEST']._serialized_end=935
-  _globals['_GETPREFILLINFORESPONSE']._serialized_start=937
-  _globals['_GETPREFILLINFORESPONSE']._serialized_end=998
-  _globals['_WATCHPREFILLLOADREQUEST']._serialized_start=1000
-  _globals['_WATCHPREFILLLOADREQUEST']._serialized_end=1025
-  _globals['_WATCHPREFILLLOADRESPONSE']._serialized_start=1027
-  _globals['_WATCHPREFILLLOADRESPONSE']._serialized_end=1090
-  _globals['_PREFILLSERVICE']._serialized_start=1206
-  _globals['_PREFILLSERVICE']._serialized_end=1472
+  _globals['_TRANSFERTARGET']._serialized_end=293
+  _globals['_PREFILLREQUEST']._serialized_start=295
+  _globals['_PREFILLREQUEST']._serialized_end=410
+  _globals['_PREFILLACCEPTED']._serialized_start=412
+  _globals['_PREFILLACCEPTED']._serialized_end=452
+  _globals['_PREFILLPROGRESS']._serialized_start=454
+  _globals['_PREFILLPROGRESS']._serialized_end=511
+  _globals['_PREFILLFIRSTTOKENS']._serialized_start=513
+  _globals['_PREFILLFIRSTTOKENS']._serialized_end=572
+  _globals['_PREFILLDONE']._serialized_start=575
+  _globals['_PREFILLDONE']._serialized_end=707
+  _globals['_PREFILLRESPONSE']._serialized_start=710
+  _globals['_PREFILLRESPONSE']._serialized_end=927
+  _globals['_GETPREFILLINFOREQUEST']._serialized_start=929
+  _globals['_GETPREFILLINFOREQUEST']._serialized_end=952
+  _globals['_GETPREFILLINFORESPONSE']._serialized_start=954
+  _globals['_GETPREFILLINFORESPONSE']._serialized_end=1015
+  _globals['_WATCHPREFILLLOADREQUEST']._serialized_start=1017
+  _globals['_WATCHPREFILLLOADREQUEST']._serialized_end=1042
+  _globals['_WATCHPREFILLLOADRESPONSE']._serialized_start=1044
+  _globals['_WATCHPREFILLLOADRESPONSE']._serialized_end=1107
+  _globals['_PREFILLSERVICE']._serialized_start=1223
+  _globals['_PREFILLSERVICE']._serialized_end=1489
 # @@protoc_insertion_point(module_scope)

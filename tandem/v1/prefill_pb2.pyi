@@ -56,6 +56,7 @@ class TransferTarget(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     CONVERT_KV_DTYPE_FIELD_NUMBER: _builtins.int
+    HOST_ID_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     attempt: _builtins.int
     address: _builtins.str
@@ -66,6 +67,8 @@ class TransferTarget(_message.Message):
     needed_end: _builtins.int
     convert_kv_dtype: _builtins.bool
     """The decode worker takes KV of another dtype."""
+    host_id: _builtins.str
+    """The decode worker's WorkerInfo.host_id: shared memory is used only between equal ones, or where one isn't known."""
     @_builtins.property
     def layout(self) -> _types_pb2.KvLayout: ...
     @_builtins.property
@@ -84,10 +87,11 @@ class TransferTarget(_message.Message):
         layout: _types_pb2.KvLayout | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
         convert_kv_dtype: _builtins.bool = ...,
+        host_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "convert_kv_dtype", b"convert_kv_dtype", "incarnation", b"incarnation", "layout", b"layout", "lease_id", b"lease_id", "needed_end", b"needed_end", "needed_start", b"needed_start", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "attempt", b"attempt", "convert_kv_dtype", b"convert_kv_dtype", "host_id", b"host_id", "incarnation", b"incarnation", "layout", b"layout", "lease_id", b"lease_id", "needed_end", b"needed_end", "needed_start", b"needed_start", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -562,6 +562,7 @@ class WorkerInfo(_message.Message):
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     CONVERT_KV_DTYPE_FIELD_NUMBER: _builtins.int
+    HOST_ID_FIELD_NUMBER: _builtins.int
     role: Global___WorkerRole.ValueType
     incarnation: _builtins.str
     """New at every start; a message to an old one is refused."""
@@ -586,6 +587,8 @@ class WorkerInfo(_message.Message):
     quantization: _builtins.str
     convert_kv_dtype: _builtins.bool
     """Of a decode worker: takes KV of another dtype and rounds it, which gives up exactness."""
+    host_id: _builtins.str
+    """Equal for workers that can share memory: one machine, network namespace and user. Empty when it isn't known."""
     @_builtins.property
     def layout(self) -> Global___KvLayout: ...
     @_builtins.property
@@ -615,10 +618,11 @@ class WorkerInfo(_message.Message):
         architecture: _builtins.str = ...,
         quantization: _builtins.str = ...,
         convert_kv_dtype: _builtins.bool = ...,
+        host_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "convert_kv_dtype", b"convert_kv_dtype", "eos_token_ids", b"eos_token_ids", "incarnation", b"incarnation", "layout", b"layout", "max_context", b"max_context", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model_id", b"model_id", "model_name", b"model_name", "numerics_id", b"numerics_id", "pid", b"pid", "quantization", b"quantization", "role", b"role", "total_blocks", b"total_blocks", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "convert_kv_dtype", b"convert_kv_dtype", "eos_token_ids", b"eos_token_ids", "host_id", b"host_id", "incarnation", b"incarnation", "layout", b"layout", "max_context", b"max_context", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model_id", b"model_id", "model_name", b"model_name", "numerics_id", b"numerics_id", "pid", b"pid", "quantization", b"quantization", "role", b"role", "total_blocks", b"total_blocks", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,16 +80,16 @@ async def test_incompatible_layouts(cluster: Cluster, serve: Any) -> None:
 
 
 async def test_other_block_sizes_are_paired(cluster: Cluster, serve: Any) -> None:
-    """And the prefill worker is told of the decode worker's own layout."""
+    """And the prefill worker is told of the decode worker's own layout and host."""
     await cluster.add_prefill()
     other = wire.layout_to_pb(replace(LAYOUT, block_size=24))
-    await cluster.add_decode(layout=other, convert_kv_dtype=True)
+    await cluster.add_decode(layout=other, convert_kv_dtype=True, host_id="h")
     front = await serve()
     assert front.gateway.pool.serving
     assert tokens_of(await front.collect(front.stream())) == expected(8)
     (request,) = cluster.prefill[0].requests
     assert request.target.layout == other
-    assert request.target.convert_kv_dtype
+    assert (request.target.convert_kv_dtype, request.target.host_id) == (True, "h")
 
 
 async def test_only_pairs_that_fit_are_used(cluster: Cluster, serve: Any) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,24 @@ def test_require_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry.nixl_agent, "installed", lambda: False)
     with pytest.raises(ConfigError, match="pip install --no-deps nixl-cu12"):
         registry.require("nixl")
+
+
+def test_shared_memory_is_for_one_host() -> None:
+    here, there = ["shm", "nixl", "grpc"], ["shm", "grpc"]
+    assert registry.choose(here, there) == "shm"
+    assert registry.choose(here, there, one_host=False) == "grpc"
+    assert registry.choose(here, here, one_host=False) == "nixl"
+    with pytest.raises(IncompatibleError, match="on another host"):
+        registry.choose(["shm"], ["shm"], one_host=False)
+
+
+def test_the_host_is_machine_namespace_and_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = registry.host_id()
+    assert mine == registry.host_id() != ""
+    monkeypatch.setattr(registry.os, "geteuid", lambda: 12345)
+    assert registry.host_id() not in (mine, "")
+    monkeypatch.setattr(registry, "Path", lambda _: Path("/no/such/file"))
+    assert registry.host_id() == ""
 
 
 def test_nothing_in_common_names_both() -> None:

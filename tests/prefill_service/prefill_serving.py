@@ -310,6 +310,7 @@ async def serving(
         transports=transports,
         total_blocks=num_blocks,
         max_sequences=8,
+        host_id="here",
     )
     values = {"max_step_tokens": chunk, "max_sequences": 8, "max_context": 512, "vocab_size": VOCAB, **limits}
     config = SchedulerConfig(eos_token_ids=(EOS,), model_id=MODEL, layout_id="l", numerics_id=NUMERICS, **values)

@@ -37,6 +37,15 @@ async def test_a_prompt_goes_over(transport: str, length: int, chunk: int) -> No
         await rig.settled()
 
 
+@pytest.mark.parametrize(("host", "transport"), [("here", "shm"), ("", "shm"), ("elsewhere", "grpc")])
+async def test_shared_memory_is_for_one_host(host: str, transport: str) -> None:
+    async with serving() as rig:
+        record = record_of(20)
+        lease = rig.decode.grant(record)
+        await rig.prefill(rig.request(record, lease, host_id=host))
+        assert rig.decode.opens[0].transport == transport
+
+
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
 async def test_only_missing_blocks_travel(transport: str) -> None:
     async with serving(chunk=5) as rig:
