@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tandem.cli.options import access_options, explained, gateway_option, take_access
+from tandem.cli.options import access_options, explained, gateways_option, take_access
 from tandem.client.blocking import Client
 from tandem.client.types import Delta, Finished, Message
 from tandem.errors import TandemError
@@ -53,7 +53,7 @@ class Conversation:
 
 
 @click.command("chat")
-@gateway_option
+@gateways_option
 @access_options
 @click.option("--system", metavar="TEXT", help="What the model is told first.")
 @click.option("--max-tokens", type=int, default=512, show_default=True, help="Most tokens an answer.")
@@ -62,16 +62,17 @@ class Conversation:
 )
 @click.option("--top-p", type=float, help="Keep the smallest set of tokens with this probability.")
 @click.option("--seed", type=int, help="Same seed, same answers.")
-def command(gateway: str, system: str | None, **flags: Any) -> None:
+def command(gateways: list[str], system: str | None, **flags: Any) -> None:
     """Talk to the model; the whole conversation is sent with each turn."""
     access = take_access(flags)
     options = {key: value for key, value in flags.items() if value is not None}
-    with explained(gateway), Client(gateway, **access) as client:
+    where = ", ".join(gateways)
+    with explained(where), Client(addresses=gateways, **access) as client:
         served = client.models()
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # gives input() editing and history
-            print(f"{', '.join(model.name for model in served)} at {gateway}; /help for help", file=sys.stderr)
+            print(f"{', '.join(model.name for model in served)} at {where}; /help for help", file=sys.stderr)
         _converse(Conversation(client, system, options))
 
 

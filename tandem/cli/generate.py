@@ -9,14 +9,14 @@ from typing import Any, cast
 
 import click
 
-from tandem.cli.options import access_options, explained, gateway_option, take_access
+from tandem.cli.options import access_options, explained, gateways_option, take_access
 from tandem.client.blocking import Client, Stream
 from tandem.client.types import Delta, End, Finished, Options, PromptAccepted
 
 
 @click.command("generate")
 @click.argument("prompt", required=False)
-@gateway_option
+@gateways_option
 @access_options
 @click.option("--max-tokens", type=int, metavar="N", help="Most tokens to generate.  [default: the server's]")
 @click.option(
@@ -34,7 +34,7 @@ from tandem.client.types import Delta, End, Finished, Options, PromptAccepted
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 def command(
     prompt: str | None,
-    gateway: str,
+    gateways: list[str],
     chat: bool,
     token_ids: str | None,
     timeout: float | None,
@@ -47,8 +47,8 @@ def command(
     options = cast(Options, given)
     source = _input(prompt, token_ids, chat)
     with (
-        explained(gateway),
-        Client(gateway, timeout=timeout, **access) as client,
+        explained(", ".join(gateways)),
+        Client(addresses=gateways, timeout=timeout, **access) as client,
         client.stream(**source, **options) as events,
     ):
         summary = follow(events, echo=not as_json)

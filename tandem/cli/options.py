@@ -34,6 +34,20 @@ def gateway_option(function: F) -> F:
     )(function)
 
 
+def gateways_option(function: F) -> F:
+    """--gateway HOST:PORT[,HOST:PORT...], for commands that go on at another gateway when one is lost."""
+    return click.option(
+        "--gateway",
+        "gateways",
+        metavar="HOST:PORT[,...]",
+        default=DEFAULT_GATEWAY,
+        show_default=True,
+        envvar="TANDEM_GATEWAY",
+        callback=_all_checked,
+        help="The gateway to talk to; of several, the next when one is lost.",
+    )(function)
+
+
 def access_options(function: F) -> F:
     """--tls-ca, --tls-cert, --tls-key, --tls-server-name and --api-key-file, for `Access`."""
     files = {
@@ -76,6 +90,10 @@ def _checked(_context: click.Context, _option: click.Parameter, text: str) -> st
     if "/" not in text:  # gRPC's own targets, such as dns:///NAME:PORT, are its own business
         parse(text, flag="--gateway")
     return text
+
+
+def _all_checked(context: click.Context, option: click.Parameter, text: str) -> list[str]:
+    return [_checked(context, option, one.strip()) for one in text.split(",")]
 
 
 def gateway_address(text: str) -> Address:

@@ -50,6 +50,16 @@ def test_generate_streams_text(fake_gateway: Any) -> None:
     assert list(sent.stopping.stop) == ["a", "b"]
 
 
+def test_generate_with_several_gateways(fake_gateways: Any) -> None:
+    """One is lost in the middle, another was never there: the text is whole."""
+    (first, one), (second, two) = fake_gateways
+    first.cuts = [2]
+    done = tandem("generate", "one two three", "--gateway", f"{one},127.0.0.1:9, {two}")
+    assert done.stdout == "one two three \n"
+    assert len(second.requests) == 1
+    assert tandem("generate", "x", "--gateway", f"{one},nonsense").returncode == 2
+
+
 def test_generate_json(fake_gateway: Any) -> None:
     """One object with the promised keys."""
     done = tandem(
