@@ -1,6 +1,6 @@
 # Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
 .DEFAULT_GOAL := help
-.PHONY: help setup run test exact chaos check bench bench-growth bench-peers gpu-table clean
+.PHONY: help setup run test exact chaos check bench bench-growth bench-peers gpu-check gpu-table clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ bench-growth: setup ## one decode step over the batch and over the context, besi
 
 gpu-table: setup ## what the GPU kernels use (registers, shared memory, spills), compiled without a GPU; minutes
 	@exec .venv/bin/python -m bench.gpu_table --markdown docs/gpu-table.md $(ARGS)
+
+gpu-check: ## the GPU kernels on this machine's GPU: parity, then speed beside floors (any Python with torch: PYTHON=)
+	@PYTHONPATH=. exec $${PYTHON:-python3} -m bench.gpu_check $(ARGS)
 
 bench-peers: setup ## beside OpenVINO, vLLM and llama.cpp on this machine, as ratios (PEERS=, ROUNDS=, POINTS=)
 	@exec .venv/bin/python -m bench.peers $(ARGS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -39,6 +40,14 @@ def test_kernels_compile_and_fit(chip: str) -> None:
     assert set(REPRESENTATIVE[chip].values()) <= {row["kernel"] for row in rows}
     assert all(row["chip"] == chip and row["fits"] for row in rows)
     assert any(row["wgmma"] for row in rows) == (chip == "sm_90")
+
+
+def test_gpu_check_needs_torch_alone_and_says_when_there_is_no_gpu() -> None:
+    heavy = "{'grpc', 'click', 'structlog', 'transformers', 'rich'}"
+    code = f"import bench.gpu_check as c, sys; print({heavy} & set(sys.modules)); sys.argv[1:] = []; sys.exit(c.main())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stdout.splitlines()[0] == "set()", run.stderr
+    assert torch.cuda.is_available() or (run.returncode == 2 and "sees no GPU" in run.stderr)
 
 
 def test_the_cpu_path_never_imports_triton() -> None:
