@@ -1,6 +1,6 @@
 # Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
 .DEFAULT_GOAL := help
-.PHONY: help setup run test exact chaos check bench bench-growth bench-peers gpu-check gpu-table clean
+.PHONY: help setup run test exact chaos check bench bench-growth bench-transfer bench-peers gpu-check gpu-table clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ gpu-table: setup ## what the GPU kernels use (registers, shared memory, spills),
 
 gpu-check: ## the GPU kernels on this machine's GPU: parity, then speed beside floors (any Python with torch: PYTHON=)
 	@PYTHONPATH=. exec $${PYTHON:-python3} -m bench.gpu_check $(ARGS)
+
+bench-transfer: setup ## KV transfer between two processes by each transport, beside a memory copy and a bare NIXL agent
+	@exec .venv/bin/python -m bench.transfer $(ARGS)
 
 bench-peers: setup ## beside OpenVINO, vLLM and llama.cpp on this machine, as ratios (PEERS=, ROUNDS=, POINTS=)
 	@exec .venv/bin/python -m bench.peers $(ARGS)
