@@ -46,7 +46,9 @@ def _verdict(rows: Sequence[Row]) -> str:
         pairs.setdefault((str(row["mix"]), float(row["rate"])), {})[str(row["way"])] = float(row["goodput"])
     whole = [(pair["disaggregated"], pair["aggregated"]) for pair in pairs.values() if len(pair) == 2]
     more, fewer = sum(a > b for a, b in whole), sum(a < b for a, b in whole)
-    return f"Of {len(whole)} loads, disaggregated has the higher goodput in {more}, aggregated in {fewer}."
+    verdict = f"Of {len(whole)} loads, disaggregated has the higher goodput in {more}, aggregated in {fewer}."
+    least = min((int(row["requests"]) for row in rows), default=0)
+    return f"{verdict} The smallest load is {least} requests: where few came, a difference of one or two is chance."
 
 
 def _section(mix: str, rows: Sequence[Row]) -> list[str]:
