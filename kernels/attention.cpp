@@ -6,6 +6,8 @@ using namespace tandem;
 
 extern "C" {
 
+void tandem_want_tiles(int32_t tiles) { Tiles::want(tiles != 0); }
+
 // 1: heads of `dim` can be multiplied in bf16 on this machine.
 int32_t tandem_bf16_attention_fits(int64_t dim) { return bf16_attention_fits(dim); }
 

@@ -35,7 +35,7 @@ struct AttentionTask {
 
 // Where a task's rows stand.
 struct AttentionRows {
-    alignas(64) float scores[GROUP_ROWS * POSITIONS];
+    alignas(64) float scores[(GROUP_ROWS + 15) * POSITIONS];  // AMX tiles write whole
     alignas(64) float out[GROUP_ROWS * MAX_DIM];
     float highest[GROUP_ROWS], total[GROUP_ROWS];
     int64_t begin[GROUP_ROWS], end[GROUP_ROWS];  // positions of the current tile that the row sees, relative to the tile

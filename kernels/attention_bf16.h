@@ -7,8 +7,11 @@
 // else, the order included.
 #pragma once
 
+#include <optional>
+
 #include "attention.h"
 #include "kv_order.h"
+#include "tiles.h"
 
 namespace tandem {
 
@@ -20,8 +23,10 @@ struct Bf16Scratch : AttentionRows {
     alignas(64) uint32_t keys[POSITIONS / 16][MAX_DIM / 2][16];  // of a tile in plain order, as are the values
     alignas(64) uint32_t values[POSITIONS / 2][MAX_DIM];
     alignas(64) uint32_t edges[2][MAX_DIM];  // pairs of which a row must not see one half
-    alignas(64) uint32_t q[GROUP_ROWS][MAX_DIM / 2];
-    alignas(64) uint32_t weights[GROUP_ROWS][POSITIONS / 2];
+    // Whole tiles of rows are read.
+    alignas(64) uint32_t q[GROUP_ROWS + 15][MAX_DIM / 2];
+    alignas(64) uint32_t weights[GROUP_ROWS + 15][POSITIONS / 2];
+    alignas(64) uint32_t seen[2][8][MAX_DIM];  // groups of positions at the ends of what rows see
 };
 
 // Where the pairs of one head's tile lie. What no row sees points to something that may be read.
@@ -248,6 +253,164 @@ inline void add_bf16_values(int64_t dim, Bf16Tile& tile, const Bf16Tile* next, B
     }
 }
 
+#if TANDEM_TILES
+
+// The products of a task by AMX tiles, where the CPU has them. Sums are chains over 32 dims, or 16 positions, a step: free of the rows
+// beside a row, but not the bits of `pairs_tile`. Tiles 0 to 3: sums of four vectors; 4, 5: queries and weights; 6, 7: keys and values.
+class AttentionTiles {
+public:
+    // For up to `rows` rows of a head at a time.
+    explicit AttentionTiles(int64_t rows) : hold_(shapes(rows < TILE_ROWS ? rows : (int64_t)TILE_ROWS)) {}
+
+    // Scores of rows [first, last); those of up to 15 rows behind them are written too.
+    static void score(int64_t dim, const Bf16Tile& tile, Bf16Scratch& s, int64_t first, int64_t last) {
+        TileHold::fence();
+        for (int64_t row = first; row < last; row += TILE_ROWS) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t i = 0; i < dim / 2; i += 16) {
+                const int64_t at = i * tile.stride, stride = tile.stride * 4;
+                _tile_loadd(4, s.q[row] + i, MAX_DIM / 2 * 4);
+                _tile_loadd(6, tile.keys[0] + at, stride);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(6, tile.keys[1] + at, stride);
+                _tile_dpbf16ps(1, 4, 6);
+                _tile_loadd(6, tile.keys[2] + at, stride);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_loadd(6, tile.keys[3] + at, stride);
+                _tile_dpbf16ps(3, 4, 6);
+            }
+            float* to = s.scores + row * POSITIONS;
+            _tile_stored(0, to, POSITIONS * 4);
+            _tile_stored(1, to + 16, POSITIONS * 4);
+            _tile_stored(2, to + 32, POSITIONS * 4);
+            _tile_stored(3, to + 48, POSITIONS * 4);
+        }
+        TileHold::fence();
+    }
+
+    // out += weights . values of the positions [begin, end) of the tile. A row's weight of what it doesn't see is 0; where there are NaNs
+    // or infinities that not all rows see, rows go one by one.
+    static void add_values(int64_t dim, const Bf16Tile& tile, Bf16Scratch& s, int64_t first, int64_t last, int64_t begin, int64_t end) {
+        const uint32_t* from[POSITIONS / 16];
+        int64_t stride[POSITIONS / 16];
+        const int64_t first_group = begin / 16, last_group = (end + 15) / 16;
+        for (int64_t g = first_group; g < last_group; ++g) {
+            const bool whole = begin <= g * 16 && g * 16 + 16 <= end;
+            from[g] = whole ? tile.values[g * 8] : seen_only(dim, tile, s, g, begin, end);
+            stride[g] = whole ? (tile.values[g * 8 + 1] - tile.values[g * 8]) * 4 : MAX_DIM * 4;
+            const bool several = last - first > 1;
+            if (several && !alike(s, first, last, g * 16 > begin ? g * 16 : begin, g * 16 + 16 < end ? g * 16 + 16 : end) && !finite(from[g], stride[g] / 4, dim)) {
+                for (int64_t row = first; row < last; ++row)
+                    if (s.begin[row] < s.end[row]) add_values(dim, tile, s, row, row + 1, s.begin[row], s.end[row]);
+                return;
+            }
+        }
+        alignas(64) float sums[TILE_ROWS][64];
+        for (int64_t row = first; row < last; row += TILE_ROWS)
+            for (int64_t d = 0; d < dim; d += 64) {
+                const bool all = d + 64 <= dim;  // else 32
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+                TileHold::fence();
+                for (int64_t g = first_group; g < last_group; ++g) {
+                    const uint32_t* at = from[g] + d;
+                    _tile_loadd(5, s.weights[row] + g * 8, POSITIONS / 2 * 4);
+                    _tile_loadd(7, at, stride[g]);
+                    _tile_dpbf16ps(0, 5, 7);
+                    _tile_loadd(7, at + 16, stride[g]);
+                    _tile_dpbf16ps(1, 5, 7);
+                    if (!all) continue;
+                    _tile_loadd(7, at + 32, stride[g]);
+                    _tile_dpbf16ps(2, 5, 7);
+                    _tile_loadd(7, at + 48, stride[g]);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+                _tile_stored(0, sums[0], 64 * 4);
+                _tile_stored(1, sums[0] + 16, 64 * 4);
+                _tile_stored(2, sums[0] + 32, 64 * 4);
+                _tile_stored(3, sums[0] + 48, 64 * 4);
+                TileHold::fence();
+                for (int64_t r = 0; r < TILE_ROWS && row + r < last; ++r) {
+                    float* out = s.out + (row + r) * dim + d;
+                    for (int i = 0; i < (all ? 64 : 32); i += 16) _mm512_store_ps(out + i, _mm512_add_ps(_mm512_load_ps(out + i), _mm512_load_ps(sums[r] + i)));
+                }
+            }
+    }
+
+private:
+    TileHold hold_;
+
+    static TileShapes shapes(int64_t rows) {
+        TileShapes out;
+        out.set(0, 5, rows, 64);
+        out.set(5, 6, rows, 32);
+        out.set(6, 7, 16, 64);
+        out.set(7, 8, 8, 64);
+        return out;
+    }
+
+    // True when each of the rows sees all of the positions [begin, end).
+    static bool alike(const Bf16Scratch& s, int64_t first, int64_t last, int64_t begin, int64_t end) {
+        for (int64_t row = first; row < last; ++row)
+            if (s.begin[row] > begin || s.end[row] < end) return false;
+        return true;
+    }
+
+    // Whether 16 positions hold no NaN and no infinity.
+    static bool finite(const uint32_t* values, int64_t stride, int64_t dim) {
+        const __m512i exponent = _mm512_set1_epi16(0x7F80);
+        uint32_t odd = 0;
+        for (int64_t pair = 0; pair < 8; ++pair)
+            for (int64_t d = 0; d < dim; d += 16)
+                odd |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(values + pair * stride + d), exponent), exponent);
+        return odd == 0;
+    }
+
+    // A copy of a group of 16 positions with 0 for those that no row sees: 0 times an infinity would be NaN.
+    static const uint32_t* seen_only(int64_t dim, const Bf16Tile& tile, Bf16Scratch& s, int64_t group, int64_t begin, int64_t end) {
+        auto& copy = s.seen[group * 16 < begin ? 0 : 1];
+        for (int64_t pair = 0; pair < 8; ++pair) {
+            const int64_t at = group * 16 + pair * 2;
+            const uint32_t keep = (at >= begin && at < end ? 0x0000FFFFu : 0u) | (at + 1 >= begin && at + 1 < end ? 0xFFFF0000u : 0u);
+            for (int64_t d = 0; d < dim; ++d) copy[pair][d] = keep == 0 ? 0 : tile.values[group * 8 + pair][d] & keep;
+        }
+        return copy[0];
+    }
+};
+
+// What comes next, into the second level of cache.
+inline void ask_for(const Bf16Tile& tile, int64_t dim) {
+    for (int64_t v = 0; v < POSITIONS / 16; ++v)
+        for (int64_t i = 0; i < dim / 2; ++i) __builtin_prefetch(tile.keys[v] + i * tile.stride, 0, 2);
+    for (int64_t pair = 0; pair < POSITIONS / 2; ++pair)
+        for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(tile.values[pair] + d, 0, 2);
+}
+
+#endif
+
+// Scores, softmax and outputs of rows [first, last) over a tile of which any of them sees [begin, end).
+inline void attend_tile(const AttentionCall& call, Bf16Tile& tile, const Bf16Tile* next, Bf16Scratch& s, int64_t first, int64_t last, int64_t begin,
+                        int64_t end) {
+#if TANDEM_TILES
+    if (Tiles::used()) {
+        if (next) ask_for(*next, call.dim);
+        AttentionTiles::score(call.dim, tile, s, first, last);
+        for (int64_t row = first; row < last; ++row) soften_bf16(call, s, row, call.dim);
+        AttentionTiles::add_values(call.dim, tile, s, first, last, begin, end);
+        return;
+    }
+#endif
+    (void)begin, (void)end;
+    score_bf16_rows(call.dim, tile, next, s, first, last);
+    for (int64_t row = first; row < last; ++row) soften_bf16(call, s, row, call.dim);
+    add_bf16_values(call.dim, tile, next, s, first, last);
+}
+
 inline void run_bf16_task(const AttentionCall& call, const AttentionTask& task) {
     Bf16Scratch s;
     const int64_t query0 = call.query_starts[task.sequence], queries = call.query_starts[task.sequence + 1] - query0;
@@ -257,6 +420,10 @@ inline void run_bf16_task(const AttentionCall& call, const AttentionTask& task) 
     round_queries(call, task, query0, group, s);
     std::memset(s.out, 0, (size_t)(rows * dim) * 4);
     for (int64_t row = 0; row < rows; ++row) s.highest[row] = -INFINITY, s.total[row] = 0.0f;
+#if TANDEM_TILES
+    std::optional<AttentionTiles> hold;
+    if (Tiles::used()) hold.emplace(task.kv_heads == 1 ? rows : group);
+#endif
     TileWalk walk(call, task);
     Bf16Tile tiles[2];
     if (call.paired) find_tile(walk, tiles[0]);
@@ -272,9 +439,7 @@ inline void run_bf16_task(const AttentionCall& call, const AttentionTask& task) 
             for (int64_t row = first; row < last; ++row) s.begin[row] = begin, s.end[row] = end;
         walk.advance();
         if (call.paired && !walk.done()) find_tile(walk, *(next = &tiles[which ^ 1]));
-        score_bf16_rows(dim, tile, next, s, first, last);
-        for (int64_t row = first; row < last; ++row) soften_bf16(call, s, row, dim);
-        add_bf16_values(dim, tile, next, s, first, last);
+        attend_tile(call, tile, next, s, first, last, begin, end);
     }
     for (int64_t row = 0; row < rows; ++row) {
         const float scale = 1.0f / s.total[row];

@@ -39,6 +39,7 @@ SOURCES = (
     "sampling.cpp",
     "step.cpp",
 )
+TILED = ("attention.cpp", "int8.cpp", "step.cpp")
 # Part of the numerics id: raise it when a C++ kernel's bits change.
 CPP_NUMERICS_VERSION = 2
 
@@ -150,8 +151,33 @@ def vector_isa() -> str:
 
 
 def int8_isa() -> str:
-    """Return what decides the bits of compute int8 beside `Implementation.numerics`: VNNI, and bf16 dot products."""
-    return "-".join(_built_for()[1:]) or "plain"
+    """Return what decides the bits of compute int8 beside `Implementation.numerics`: VNNI, bf16 dot products, tiles."""
+    return "-".join([*_built_for()[1:], *(["amx"] if has_tiles() else [])]) or "plain"
+
+
+def has_tiles() -> bool:
+    """True where compute int8 multiplies by AMX tiles: the CPU has them, and TANDEM_TILES=off doesn't forbid it.
+
+    Weights packed for tiles are for tiles only.
+    """
+    lib = build.load_library("int8.cpp")
+    return lib is not None and bool(lib.tandem_tiles())
+
+
+@contextlib.contextmanager
+def tiles(wanted: bool) -> Iterator[None]:
+    """Pack and multiply with AMX tiles, where the CPU has them, or without: for tests."""
+    libraries = [build.load_library(name) for name in TILED]
+    before = has_tiles()
+    for lib in libraries:
+        if lib is not None:
+            lib.tandem_want_tiles(int(wanted))
+    try:
+        yield
+    finally:
+        for lib in libraries:
+            if lib is not None:
+                lib.tandem_want_tiles(int(before))
 
 
 def has_fast_int8() -> bool:
@@ -174,6 +200,7 @@ def describe() -> dict[str, object]:
         "row_invariant": chosen.row_invariant,
         "vector_isa": vector_isa(),
         "fast_int8": has_fast_int8(),
+        "amx_tiles": has_tiles(),
         "compiler": None if compiler is None else {"command": " ".join(compiler.command), "version": compiler.version},
         "cpu_features": [name for name in wanted if name in features],
         "cache_dir": str(build.cache_dir()),

@@ -1,6 +1,8 @@
 // Entries to int8 products: packing weights, quantising, and one linear layer; see kernels/int8.py and int8.h.
 
-#include "int8.h"
+#include <vector>
+
+#include "int8_tiles.h"
 
 using namespace tandem;
 
@@ -42,6 +44,22 @@ void pack_column(const uint8_t* codes, const float* scales, const float* minima,
     }
 }
 
+#if TANDEM_TILES
+// Rows [begin, end) of codes as output columns of panels that tiles multiply.
+void pack_tiles(const uint8_t* codes, const float* scales, const float* minima, uint8_t* packed, const int64_t* columns, int64_t begin, int64_t end,
+                int64_t k, int bits) {
+    const int64_t groups = (k + GROUP - 1) / GROUP;
+    std::vector<float> weight((size_t)k);
+    for (int64_t r = begin; r < end; ++r) {
+        for (int64_t i = 0; i < k; ++i) {
+            const int64_t g = r * groups + i / GROUP;
+            weight[(size_t)i] = scales[g] * (float)(codes[r * k + i] - zero_of(bits)) + (minima ? minima[g] : 0.0f);
+        }
+        pack_tile_column(weight.data(), k, packed + columns[r] / COLUMNS * tile_panel_bytes(k), columns[r] % COLUMNS);
+    }
+}
+#endif
+
 }  // namespace
 
 // What this build's bits depend on: width and fusing of vectors, then what compute int8 takes beside them.
@@ -69,9 +87,16 @@ void pack_column(const uint8_t* codes, const float* scales, const float* minima,
 
 extern "C" {
 
+// Whether AMX tiles multiply; tests may say that they shall not. Packed weights belong to the answer at that time.
+int32_t tandem_tiles() { return Tiles::used(); }
+void tandem_want_tiles(int32_t tiles) { Tiles::want(tiles != 0); }
+
 const char* tandem_built_for() { return TANDEM_VECTORS TANDEM_VNNI TANDEM_BF16; }
 
 int64_t tandem_int8_packed_bytes(int64_t n, int64_t k, int32_t bits) {
+#if TANDEM_TILES
+    if (Tiles::used()) return (n + COLUMNS - 1) / COLUMNS * tile_panel_bytes(k);
+#endif
     return (n + COLUMNS - 1) / COLUMNS * (padded(k) / PAIR) * pair_bytes(bits);
 }
 
@@ -80,6 +105,12 @@ void tandem_int8_pack(const uint8_t* codes, const float* scales, const float* mi
                       int64_t k, int32_t bits, int32_t threads) {
     const int64_t groups = (k + GROUP - 1) / GROUP;
     parallel_static(threads, rows, [&](int64_t begin, int64_t end) {
+#if TANDEM_TILES
+        if (Tiles::used()) {
+            pack_tiles(codes, scales, minima, packed, columns, begin, end, k, bits);
+            return;
+        }
+#endif
         for (int64_t r = begin; r < end; ++r)
             pack_column(codes + r * k, scales + r * groups, minima ? minima + r * groups : nullptr, packed, columns[r], k, bits);
     });
@@ -106,20 +137,25 @@ void tandem_int8_quantise_weight(const float* weight, uint8_t* codes, float* sca
 }
 
 // out[m][n] = x[m][k] . matrix + bias. `work` holds the quantised rows, tandem_int8_work_bytes(m, k) of them; twice that when `fine`.
-int64_t tandem_int8_work_bytes(int64_t m, int64_t k) { return int8_tiles(m) * INT8_ROWS * (padded(k) + padded(k) / GROUP * 12) + 256; }
+int64_t tandem_int8_work_bytes(int64_t m, int64_t k) { return held_rows(m) * (padded(k) * 2 + padded(k) / GROUP * 12) + 256; }
 
-void tandem_int8_linear(const float* x, const Matrix* matrix, float* out, void* work, int64_t m, int32_t fine, int32_t threads) {
+void tandem_int8_linear(const float* x, const Matrix* matrix, float* out, void* work, int64_t m, int32_t asked_fine, int32_t threads) {
     const int64_t width = padded(matrix->k), groups = width / GROUP, tiles = int8_tiles(m), whole = tiles * INT8_ROWS;
+    const bool fine = asked_fine && !Tiles::used();
     const auto rows_at = [&](int64_t half) {
         char* at = (char*)work + half * tandem_int8_work_bytes(m, matrix->k);
         float* scales = (float*)at;
+        if (Tiles::used()) {
+            int8_t* codes = (int8_t*)(scales + held_rows(m));
+            return Rows{codes, scales, nullptr, nullptr, width, codes + held_rows(m) * width};
+        }
         int32_t* minus8 = (int32_t*)(scales + whole * groups);
         uint16_t* sums = (uint16_t*)(minus8 + whole * groups);
-        return Rows{(int8_t*)(sums + 2 * whole * groups), scales, minus8, sums, width};
+        return Rows{(int8_t*)(sums + 2 * whole * groups), scales, minus8, sums, width, nullptr};
     };
     const Rows rows = rows_at(0), rest = fine ? rows_at(1) : rows;
     for (int64_t r = 0; r < m; ++r) {
-        quantise_row(x + r * matrix->k, matrix->k, rows, r);
+        quantise(x + r * matrix->k, matrix->k, rows, r);
         if (!fine) continue;
         for (int64_t g = 0; g < groups; ++g) {
             alignas(64) float part[GROUP] = {};
@@ -130,23 +166,19 @@ void tandem_int8_linear(const float* x, const Matrix* matrix, float* out, void* 
     }
     const int64_t panels = (matrix->n + COLUMNS - 1) / COLUMNS;
     parallel_static(threads, panels, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p)
-            for (int64_t i = 0; i < tiles; ++i) {
-                alignas(64) float c[INT8_ROWS * COLUMNS];
-                const int64_t row = i * INT8_ROWS, count = m - row < INT8_ROWS ? m - row : INT8_ROWS;
-                int8_panel(*matrix, p, rows, row, count, true, c);
-                if (fine) int8_panel(*matrix, p, rest, row, count, false, c);
+        for (int64_t panel = begin; panel < end; ++panel)
+            int8_product(*matrix, panel, panel + 1, rows, fine ? &rest : nullptr, m, 0, tiles, [&](int64_t row, int64_t count, int64_t p, const float* c) {
                 for (int64_t r = 0; r < count; ++r)
                     for (int64_t j = 0; j < COLUMNS && p * COLUMNS + j < matrix->n; ++j) {
                         const int64_t column = p * COLUMNS + j;
                         out[(row + r) * matrix->n + column] = matrix->bias ? c[r * COLUMNS + j] + matrix->bias[column] : c[r * COLUMNS + j];
                     }
-            }
+            });
     });
 }
 
 // Columns `ids` of the matrix, dequantised: out[count][k].
 void tandem_int8_columns(const Matrix* matrix, const int64_t* ids, float* out, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) int8_column(*matrix, ids[i], out + i * matrix->k);
+    for (int64_t i = 0; i < count; ++i) weight_row(*matrix, ids[i], out + i * matrix->k);
 }
 }

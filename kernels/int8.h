@@ -35,6 +35,7 @@ struct Rows {
     int32_t* minus8;  // likewise: -8 * sum of the group's codes; -128 * sum is 16 times that
     uint16_t* sums;   // [tiles][width / 64][INT8_ROWS][2] bf16: scale * sum, what minima are multiplied with
     int64_t width;
+    int8_t* rest = nullptr;  // where AMX tiles multiply: codes' second part, [held_rows][width] each, and scales [rows]; int8_tiles.h
 
     int64_t at(int64_t row, int64_t group) const { return (row / INT8_ROWS * (width / GROUP) + group) * INT8_ROWS + row % INT8_ROWS; }
     int64_t sum_at(int64_t row, int64_t group) const { return 2 * (row / INT8_ROWS * (width / PAIR) + group / 2) * INT8_ROWS + row % INT8_ROWS * 2 + group % 2; }
@@ -42,6 +43,9 @@ struct Rows {
 
 // A tile holds rows [i * INT8_ROWS, ...) and so on; the last may be smaller.
 static inline int64_t int8_tiles(int64_t rows) { return (rows + INT8_ROWS - 1) / INT8_ROWS; }
+
+// Rows to have memory for where tiles of 16 are read, the last rows of which may be nobody's.
+static inline int64_t held_rows(int64_t rows) { return (rows + 15) / 16 * 16; }
 
 // What a tile asks for while it works: `lines` cache lines a group, from `at` on.
 struct Ahead {
@@ -297,7 +301,7 @@ static inline Ahead next_panel(const Matrix& w, int64_t panel, int64_t width, in
     return Ahead{w.panels + (panel + 1) * (width / PAIR) * bytes + i * lines * 64 * (width / GROUP), lines};
 }
 
-// One weight row (an output column), dequantised: for a tied LM head read as the embedding table.
+// One weight row (an output column), dequantised.
 static inline void int8_column(const Matrix& w, int64_t column, float* out) {
     const int bits = (int)w.bits;
     const int64_t pairs = padded(w.k) / PAIR, j = column % COLUMNS, v = j / 16, lane = j % 16;

@@ -8,6 +8,10 @@ are quantised once more on what that left over, and both parts are multiplied (1
 Products within a group are exact in int32; across groups each output element is one chain of float32 operations in the
 order of k. So a row's bits depend on that row and the weights only: not on other rows, tiles or threads.
 
+Where the CPU has AMX tiles (`dispatch.has_tiles`), int8 means something else: weights are packed as int8 with one scale
+an output column, rows are taken in 15 bits with one scale each, "fine" or not, and sums over the whole of k are exact
+in int32. The same holds of a row's bits, which are others than without tiles.
+
 Sources: integer products of blocks with scales as in llama.cpp's Q4_1 x Q8_1; VNNI panels as in oneDNN's documentation
 of int8 primitives.
 """
@@ -240,6 +244,27 @@ def int8_linear_reference(
             total += sums @ weights.minima.double().T
         blocks = blocks - scales[..., None] * codes
     return total.float() if bias is None else total.float() + bias
+
+
+def tiled_linear_reference(x: torch.Tensor, weights: GroupWeights, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Do what `int8_linear` does with AMX tiles, by torch in float64: exact but for the last roundings."""
+    codes, scales = tile_weight(weights.dequantized())
+    largest = x.abs().amax(-1, keepdim=True)
+    used = largest >= 1e-30
+    scaled = x * torch.where(used, torch.full_like(largest, 127.0) / largest, 0.0)
+    first = scaled.round()
+    rest = ((scaled - first) * 254).round()
+    rows = (first.double() + rest.double() / 254) * torch.where(used, largest / 127, 0.0).double()
+    total = rows @ (codes.double() * scales.double()).T
+    return total.float() if bias is None else total.float() + bias
+
+
+def tile_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K] as AMX tiles take it: codes float32 [N, K] of -127..127, and scales float32 [N, 1]."""
+    largest = weight.abs().amax(-1, keepdim=True)
+    used = largest > 1e-30
+    inverse = torch.where(used, torch.full_like(largest, 127.0) / largest, 0.0)
+    return (weight * inverse).round(), torch.where(used, largest / 127, 0.0)
 
 
 def _quantize_rows(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@
 
 #include "activation.h"
 #include "attention_bf16.h"
+#include "int8_tiles.h"
 #include "norm.h"
 #include "rope.h"
 #include "step.h"
@@ -76,12 +77,18 @@ Rows take_rows(char*& at, int64_t rows, int64_t width) {
         return start;
     };
     const int64_t groups = int8_tiles(rows) * INT8_ROWS * (width / GROUP);
-    Rows out;
+    Rows out{};
+    out.width = width;
+    if (Tiles::used()) {
+        out.codes = (int8_t*)take(held_rows(rows) * width);
+        out.rest = (int8_t*)take(held_rows(rows) * width);
+        out.scales = (float*)take(rows * 4);
+        return out;
+    }
     out.codes = (int8_t*)take(rows * width);
     out.scales = (float*)take(groups * 4);
     out.minus8 = (int32_t*)take(groups * 4);
     out.sums = (uint16_t*)take(groups * 2);
-    out.width = width;
     return out;
 }
 
@@ -92,7 +99,7 @@ float* take_floats(char*& at, int64_t count) {
 }
 
 struct Workspace {
-    float *residual, *qkv, *q, *mixed;
+    float *residual, *qkv, *q, *mixed, *gated;  // gated: where rows are quantised whole
     Rows x, attended, inner, rest;  // x: normed rows; rest: what quantising `inner` left over
 
     // With a null base only the size is of use: `end`.
@@ -104,10 +111,11 @@ struct Workspace {
         qkv = take_floats(at, tokens * (m.heads + 2 * m.kv_heads) * m.dim);
         q = take_floats(at, tokens * m.heads * m.dim);
         mixed = take_floats(at, tokens * m.heads * m.dim);
+        gated = take_floats(at, Tiles::used() ? tokens * m.inner : 0);
         x = take_rows(at, rows, padded(m.hidden));
         attended = take_rows(at, tokens, padded(m.heads * m.dim));
         inner = take_rows(at, tokens, padded(m.inner));
-        rest = take_rows(at, tokens, padded(m.inner));
+        rest = take_rows(at, Tiles::used() ? 0 : tokens, padded(m.inner));
         end = at;
     }
 };
@@ -158,7 +166,7 @@ struct Run {
     const bool crowded = Crowd::here();
 
     Run(const ModelArgs& model, const StepArgs& step)
-        : m(model), s(step), w(model, step.tokens, step.num_rows, (char*)step.workspace), phases((size_t)(8 * model.num_layers + 3)) {
+        : m(model), s(step), w(model, step.tokens, step.num_rows, (char*)step.workspace), phases((size_t)(10 * model.num_layers + 3)) {
         if (step.greedy) largest.resize((size_t)(step.threads * step.num_rows));
         for (Largest& each : largest) each.clear();
     }
@@ -190,7 +198,7 @@ int64_t chunk_of(int64_t tasks, int threads) {
 
 void embed(const ModelArgs& m, int64_t id, float* out) {
     if (m.table == nullptr) {
-        int8_column(m.head, id, out);
+        weight_row(m.head, id, out);
     } else if (m.table_bf16) {
         const uint16_t* row = (const uint16_t*)m.table + id * m.hidden;
         for (int64_t i = 0; i < m.hidden; ++i) out[i] = bf16_to_float(row[i]);
@@ -203,7 +211,7 @@ void embed(const ModelArgs& m, int64_t id, float* out) {
 void norm_row(const Run& run, const float* weight, int64_t from, int64_t to) {
     alignas(64) float normed[1 << 15];
     normalise(run.w.residual + from * run.m.hidden, nullptr, weight, normed, run.m.hidden, (float)run.m.eps);
-    quantise_row(normed, run.m.hidden, run.w.x, to);
+    quantise(normed, run.m.hidden, run.w.x, to);
 }
 
 // Blocks of rows and panels of columns as tasks; finish(row, rows, panel, c) gets each tile's sums c[rows][32].
@@ -213,23 +221,15 @@ void product(Walker& walker, const Matrix& matrix, const Rows& x, const Rows* mo
     // Few columns for many threads: rows are split too. Each block of rows reads the weights anew.
     const int64_t tiles = int8_tiles(rows);
     int64_t blocks = 1;
+    const auto cut = [&](int64_t block) { return block == blocks ? tiles : tiles * block / blocks / 2 * 2; };  // AMX tiles hold two
     while (column_tasks * blocks < walker.threads * 4 && tiles / (blocks + 1) >= 4) ++blocks;
     // Quantised columns of a row share cache lines: there each thread keeps to one run of columns. Else runs are short, for balance, but
     // not so short that most panels which were asked for ahead are another thread's.
     const int64_t run = chunk_of(column_tasks, walker.threads), least = column_tasks / walker.threads >= 6 ? 3 : 1;
     const int64_t chunk = panels_a_task > 1 ? (column_tasks + walker.threads - 1) / walker.threads : run < least ? least : run;
     walker.each(column_tasks * blocks, blocks == 1 ? chunk : 1, [&](int64_t task) {
-        const int64_t block = task % blocks, begin = tiles * block / blocks, end = tiles * (block + 1) / blocks;
-        const int64_t first_panel = task / blocks * panels_a_task;
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = i * INT8_ROWS, tile_rows = rows - row < INT8_ROWS ? rows - row : INT8_ROWS;
-            for (int64_t p = first_panel; p < first_panel + panels_a_task && p < panels; ++p) {
-                alignas(64) float c[INT8_ROWS * COLUMNS];
-                int8_panel(matrix, p, x, row, tile_rows, true, c, next_panel(matrix, p, x.width, i - begin, end - begin, rows));
-                if (more) int8_panel(matrix, p, *more, row, tile_rows, false, c);
-                finish(row, tile_rows, p, c);
-            }
-        }
+        const int64_t block = task % blocks, begin = cut(block), end = cut(block + 1), panel = task / blocks * panels_a_task;
+        int8_product(matrix, panel, panel + panels_a_task < panels ? panel + panels_a_task : panels, x, more, rows, begin, end, finish);
     });
 }
 
@@ -278,6 +278,7 @@ struct Predict {
 struct Gate {
     const Matrix& matrix;
     const Rows &inner, *rest;
+    float* gated;  // where rows are quantised whole, afterwards
     alignas(64) mutable float group[INT8_ROWS][GROUP];
     void operator()(int64_t row, int64_t rows, int64_t panel, const float* c) const {
         const int64_t half = panel % 2 * 16;
@@ -288,9 +289,9 @@ struct Gate {
                     gate = gate + load(matrix.bias + panel * COLUMNS + j);
                     up = up + load(matrix.bias + panel * COLUMNS + 16 + j);
                 }
-                store(group[r] + half + j, silu_mul(gate, up));
+                store((gated ? gated + (row + r) * matrix.n / 2 + panel * 16 : group[r] + half) + j, silu_mul(gate, up));
             }
-            if (half == 0) continue;
+            if (half == 0 || gated) continue;
             quantise_group(group[r], inner, row + r, panel / 2);
             if (rest) quantise_rest(group[r], inner, *rest, row + r, panel / 2);
         }
@@ -309,6 +310,7 @@ void attention(Walker& walker, const LayerArgs& layer, void* cache) {
         const AttentionTask& task = run.tasks[(size_t)number];
         attend(call, task, s.is_bf16 != 0, true);
         const int64_t first = s.query_starts[task.sequence] + task.query, column = task.kv_head * group * m.dim;
+        if (run.w.attended.rest) return;
         for (int64_t row = first; row < first + task.count; ++row)
             for (int64_t i = 0; i < task.kv_heads * group * m.dim; i += GROUP)
                 quantise_group(run.w.mixed + row * width + column + i, run.w.attended, row, (column + i) / GROUP);
@@ -337,15 +339,18 @@ void layer_phases(Walker& walker, const LayerArgs& layer, int64_t index) {
     const ModelArgs& m = run.m;
     const Workspace& w = run.w;
     const int64_t tokens = run.s.tokens, row_chunk = chunk_of(tokens, walker.threads);
+    const bool whole = w.inner.rest != nullptr;  // rows are quantised whole, not group by group where they are made
     void* cache = (char*)run.s.cache + index * run.s.layer_stride * (run.s.is_bf16 ? 2 : 4);
     walker.each(tokens, row_chunk, [&](int64_t t) { norm_row(run, layer.input_norm, t, t); });
     product(walker, layer.qkv, w.x, nullptr, tokens, 1, Store<false>{layer.qkv, w.qkv});
     rotate_and_cache(walker, layer, cache);
     attention(walker, layer, cache);
+    if (whole) walker.each(tokens, row_chunk, [&](int64_t t) { quantise(w.mixed + t * m.heads * m.dim, m.heads * m.dim, w.attended, t); });
     product(walker, layer.output, w.attended, nullptr, tokens, 1, Store<true>{layer.output, w.residual});
     walker.each(tokens, row_chunk, [&](int64_t t) { norm_row(run, layer.post_norm, t, t); });
-    const Rows* rest = layer.fine_down ? &w.rest : nullptr;
-    product(walker, layer.gate_up, w.x, nullptr, tokens, 2, Gate{layer.gate_up, w.inner, rest, {}});
+    const Rows* rest = layer.fine_down && !whole ? &w.rest : nullptr;
+    product(walker, layer.gate_up, w.x, nullptr, tokens, 2, Gate{layer.gate_up, w.inner, rest, whole ? w.gated : nullptr, {}});
+    if (whole) walker.each(tokens, row_chunk, [&](int64_t t) { quantise(w.gated + t * m.inner, m.inner, w.inner, t); });
     product(walker, layer.down, w.inner, rest, tokens, 1, Store<true>{layer.down, w.residual});
 }
 
@@ -392,6 +397,8 @@ int64_t check_step(const ModelArgs& m, const StepArgs& s, const AttentionCall& c
 
 extern "C" {
 
+void tandem_want_tiles(int32_t tiles) { Tiles::want(tiles != 0); }
+
 int64_t tandem_step_workspace(const ModelArgs* m, int64_t tokens, int64_t num_rows) {
     return (int64_t)(Workspace(*m, tokens, num_rows, nullptr).end - (char*)nullptr);
 }
@@ -407,9 +414,11 @@ int64_t tandem_step(const ModelArgs* model, const StepArgs* step) {
     // One thread for all heads of a sequence, unless that leaves threads without work.
     const bool together = s.is_bf16 && bf16_attention_fits(m.dim) && m.heads <= GROUP_ROWS && s.sequences >= 2 * s.threads;
     list_tasks(call, s.sequences, together, run.tasks);
+    if (!run.w.x.rest) {
     clear_padding(run.w.attended, s.tokens, m.heads * m.dim);
     clear_padding(run.w.inner, s.tokens, m.inner);
     clear_padding(run.w.rest, s.tokens, m.inner);
+    }
 #ifdef _OPENMP
     Crowd::step_began();
 #pragma omp parallel num_threads((int)s.threads)

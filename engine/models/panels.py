@@ -34,7 +34,7 @@ def sharing_key(identity: str) -> str:
 
     Nothing of `EngineConfig` changes a packed byte of compute int8.
     """
-    facts = [FORMAT, identity, build.library_key("int8.cpp")]
+    facts = [FORMAT, identity, build.library_key("int8.cpp"), dispatch.int8_isa()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,20 +10,29 @@ import torch
 
 from kernels import dispatch
 
+NATIVE = ("cpp", "tiles") if dispatch.has_tiles() else ("cpp",)
+"""What C++ can be on this CPU: "tiles" is with AMX tiles, "cpp" without."""
 
-@pytest.fixture(params=dispatch.NAMES)
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Force an implementation: torch, or one of `NATIVE`."""
+    with dispatch.forced("torch" if name == "torch" else "cpp"), dispatch.tiles(name == "tiles"):
+        yield
+
+
+@pytest.fixture(params=("torch", *NATIVE))
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on each implementation."""
-    with dispatch.forced(request.param) as chosen:
-        assert chosen.name == request.param
-        yield chosen.name
+    with forced(request.param):
+        yield request.param
 
 
-@pytest.fixture
-def cpp() -> Iterator[None]:
+@pytest.fixture(params=NATIVE)
+def cpp(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on the C++ kernels: they carry the exact promise."""
-    with dispatch.forced("cpp"):
-        yield
+    with forced(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=[1, 2])
