@@ -67,7 +67,8 @@ def test_default_model(default_model_path: Any, default_driver: Any, make_driver
     for count in (1, 2):
         torch.set_num_threads(count)
         assert same_bits(driver.run(prompts[2:3], chunk=7)[0], together[2])
-    assert driver.model.nbytes < 1.1 * default_model_path.stat().st_size
+    most = 1.45 if dispatch.has_tiles() else 1.1  # AMX tiles take 8 bits a weight
+    assert driver.model.nbytes < most * default_model_path.stat().st_size
 
 
 def test_which_layers_are_fine() -> None:
