@@ -415,9 +415,9 @@ int64_t tandem_step(const ModelArgs* model, const StepArgs* step) {
     const bool together = s.is_bf16 && bf16_attention_fits(m.dim) && m.heads <= GROUP_ROWS && s.sequences >= 2 * s.threads;
     list_tasks(call, s.sequences, together, run.tasks);
     if (!run.w.x.rest) {
-    clear_padding(run.w.attended, s.tokens, m.heads * m.dim);
-    clear_padding(run.w.inner, s.tokens, m.inner);
-    clear_padding(run.w.rest, s.tokens, m.inner);
+        clear_padding(run.w.attended, s.tokens, m.heads * m.dim);
+        clear_padding(run.w.inner, s.tokens, m.inner);
+        clear_padding(run.w.rest, s.tokens, m.inner);
     }
 #ifdef _OPENMP
     Crowd::step_began();
