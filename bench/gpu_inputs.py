@@ -95,7 +95,7 @@ def _quantized(values: Tensor, form: str) -> tuple[Tensor, Tensor | None]:
         return values, None
     if form == "fp8":
         scales = torch.linspace(0.01, 0.02, 2 * values.shape[2], device=values.device).view(2, -1)
-        return (values.float() / scales[:, :, None, None]).to(torch.float8_e4m3fn), scales
+        return (values.float() / scales[:, :, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scales
     scales = values.float().abs().amax(-1) / 127
     return (values.float() / scales[..., None]).round().to(torch.int8), scales
 
