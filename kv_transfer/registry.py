@@ -34,7 +34,7 @@ _TARGETS: dict[str, Callable[[], TargetTransport]] = {
 
 
 IN_CLEAR = frozenset({NixlSource.name})
-"""Transports that send KV over a network without encryption, whatever certificates the services have."""
+"""Transports that send KV over a network without encryption and without checksums, whatever certificates there are."""
 
 
 def available() -> list[str]:

@@ -74,7 +74,7 @@ def common(values: argparse.Namespace) -> dict[str, Any]:
         "listen": values.listen,
         "metrics": values.metrics,
         "engine": _engine(values),
-        "transports": _transports(values.transport, secured=tls is not None),
+        "transports": _transports(values.transport),
         "drain_grace": values.drain_grace,
         "log_level": values.log_level,
         "tls": tls,
@@ -98,10 +98,10 @@ def _engine(values: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _transports(wanted: str | None, *, secured: bool) -> tuple[str, ...]:
+def _transports(wanted: str | None) -> tuple[str, ...]:
     """What this worker may use, best first. The network always works; shared memory is left out by `grpc`.
 
-    `secured`: services have certificates, so KV goes in clear only where that transport was asked for by name.
+    KV goes over a network in clear and without checksums only where that transport was asked for by name.
     """
     here = available()
     if wanted is not None:
@@ -110,4 +110,4 @@ def _transports(wanted: str | None, *, secured: bool) -> tuple[str, ...]:
         except ConfigError as exc:
             raise ConfigError(f"--transport: {exc.message}") from exc
         here = here[here.index(wanted) :]
-    return tuple(name for name in here if name == wanted or not secured or name not in IN_CLEAR)
+    return tuple(name for name in here if name == wanted or name not in IN_CLEAR)

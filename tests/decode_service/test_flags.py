@@ -29,7 +29,7 @@ def test_defaults_and_values() -> None:
 def test_a_transport_leaves_the_better_ones_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nixl_agent, "installed", lambda: True)
     monkeypatch.setattr(nixl_agent, "NixlAgent", Mock())
-    for transports in (("shm", "nixl", "grpc"), ("nixl", "grpc"), ("grpc",)):
+    for transports in (("shm", "grpc"), ("nixl", "grpc"), ("grpc",)):
         assert parse_flags(["--model", "m", "--transport", transports[0]]).transports == transports
 
 
@@ -40,7 +40,7 @@ def test_nixl_without_its_wheel_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     assert "nixl" not in parse_flags(["--model", "m"]).transports
 
 
-def test_kv_goes_in_clear_only_by_name_where_there_are_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_goes_in_clear_and_unchecked_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.flags.available", lambda: ["shm", "nixl", "grpc"])
     monkeypatch.setattr("worker.flags.require", lambda name: None)
     tls = ["--tls-cert", "c", "--tls-key", "k", "--tls-ca", "a"]
@@ -51,8 +51,8 @@ def test_kv_goes_in_clear_only_by_name_where_there_are_certificates(monkeypatch:
         ("--transport", "grpc"): ("grpc",),
     }
     for flags, transports in expected.items():
+        assert parse_flags(["--model", "m", *flags]).transports == transports
         assert parse_flags(["--model", "m", *tls, *flags]).transports == transports
-    assert parse_flags(["--model", "m"]).transports == ("shm", "nixl", "grpc")
 
 
 @pytest.mark.parametrize(
