@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 
 from tandem.errors import ConfigError
-from tandem.service.files import Reloaded, check_private, read_bounded
+from tandem.service.files import Reloaded, check_private, read_bounded, tell_if_readable
 from tandem.service.logging import get_logger
 
 _log = get_logger(__name__)
@@ -61,14 +61,24 @@ def add_tls_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def tls_files(cert: str | Path | None, key: str | Path | None, ca: str | Path | None) -> TlsFiles | None:
-    """The files that --tls-cert, --tls-key and --tls-ca name; None without any. Raises ConfigError for some of them."""
+    """The files that --tls-cert, --tls-key and --tls-ca name; None without any.
+
+    Raises ConfigError for some of them, and for empty names: whoever gives a flag doesn't mean to go in clear.
+    """
     given = {"--tls-cert": cert, "--tls-key": key, "--tls-ca": ca}
-    missing = [flag for flag, value in given.items() if not value]
+    _check_named(given)
+    missing = [flag for flag, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
     if not (cert and key and ca):
         raise ConfigError(f"{missing[0]}: --tls-cert, --tls-key and --tls-ca are needed together")
     return TlsFiles(Path(cert), Path(key), Path(ca))
+
+
+def _check_named(given: Mapping[str, str | Path | None]) -> None:
+    for flag, value in given.items():
+        if value == "":
+            raise ConfigError(f"{flag}: it is empty; name a file, or leave the flag out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,26 +102,25 @@ class Tls:
     @property
     def version(self) -> int:
         """Grows when the files have been renewed."""
-        self._pem.get()
-        return self._pem.version
+        return self._pem.current()[1]
 
     def server_credentials(self, *, client_certificates: bool = True) -> grpc.ServerCredentials:
         """For a server: every new connection gets the certificate of that moment, running ones keep theirs.
 
         `client_certificates`: only clients with a certificate of the authorities connect. Without, none is asked for.
         """
-        told = self._pem.version
+        first, told = self._pem.current()
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             nonlocal told
-            pem = self._pem.get()
-            if self._pem.version == told:
+            pem, version = self._pem.current()
+            if version == told:
                 return None  # gRPC's word for: as before
-            told = self._pem.version
+            told = version
             return _server_configuration(pem)
 
         return grpc.dynamic_ssl_server_credentials(
-            _server_configuration(self._pem.get()),
+            _server_configuration(first),
             fetch,  # type: ignore[arg-type]  # the stubs don't know of None
             require_client_authentication=client_certificates,
         )
@@ -127,8 +136,9 @@ def client_tls(
 ) -> ChannelTls | None:
     """How a client of the public API speaks TLS: trusting `ca`, with a certificate if one is given; None: in clear.
 
-    Raises ConfigError for files that can't be read, are needed together, or don't fit.
+    Raises ConfigError for files that can't be read, are needed together, or don't fit, and for empty names of files.
     """
+    _check_named({"--tls-ca": ca, "--tls-cert": cert, "--tls-key": key})
     if not ca:
         if cert or key or server_name:
             raise ConfigError("--tls-ca: it is needed for TLS")
@@ -155,6 +165,7 @@ def read_pem(files: TlsFiles, name: str) -> Pem:
     ends = check_files(files, name)
     if _read(files) != pem:
         raise ConfigError(f"--tls-cert: {files.cert} or its key is being replaced just now")
+    tell_if_readable(files.key, "--tls-key")
     _log.info("TLS certificate read", file=str(files.cert), name=name, ends=ends)
     return pem
 
