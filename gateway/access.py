@@ -24,7 +24,7 @@ import grpc
 
 from gateway.tenants import ANONYMOUS
 from tandem.errors import ConfigError, UnauthenticatedError
-from tandem.service.files import Reloaded, check_private, read_bounded
+from tandem.service.files import Reloaded, check_private, read_bounded, tell_if_readable
 from tandem.service.peers import Peer, peer_of
 
 FLAG = "--api-keys"
@@ -33,6 +33,8 @@ MAX_KEY_BYTES = 512
 HEADER = "authorization"
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}")
 _HASH = re.compile(r"[0-9a-f]{64}")
+_SECRET = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
+"""What a key or its hash looks like."""
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -60,7 +62,10 @@ class Keys:
 
 
 def read_keys(path: Path) -> Keys:
-    """Reads the file. Raises ConfigError that says what is wrong, but never with a hash."""
+    """Reads the file. Raises ConfigError that says what is wrong, but never with a hash or a name.
+
+    In a file that is the wrong way round the names are keys.
+    """
     check_private(path, FLAG)
     data = read_bounded(path, FLAG, MAX_FILE_BYTES)
     try:
@@ -70,21 +75,25 @@ def read_keys(path: Path) -> Keys:
         # The parser's own words might quote the file.
         raise ConfigError(f"{FLAG}: {path} is no {'TOML' if path.suffix == '.toml' else 'JSON'}") from exc
     _check(tenants, path)
+    tell_if_readable(path, FLAG)
     return Keys(tenants)
 
 
 def _check(tenants: object, path: Path) -> None:
     if not isinstance(tenants, dict) or not tenants:
         raise ConfigError(f"{FLAG}: {path} must map at least one tenant to hashes of its keys")
-    seen: dict[str, str] = {}
-    for tenant, hashes in tenants.items():
+    seen: dict[str, int] = {}
+    for number, (tenant, hashes) in enumerate(tenants.items(), 1):
+        entry = f"{FLAG}: {path}: tenant number {number}"
         if not _TENANT.fullmatch(tenant):
-            raise ConfigError(f"{FLAG}: {path}: a tenant's name has 1 to 128 letters, digits and . _ @ + -")
+            raise ConfigError(f"{entry}: a tenant's name has 1 to 128 letters, digits and . _ @ + -")
+        if _SECRET.fullmatch(tenant):
+            raise ConfigError(f"{entry} is named like a key or a hash: each tenant's name comes before its hashes")
         if not isinstance(hashes, list) or not all(isinstance(one, str) and _HASH.fullmatch(one) for one in hashes):
-            raise ConfigError(f"{FLAG}: {path}: {tenant} needs a list of SHA-256 hashes, 64 digits of 0-9a-f each")
+            raise ConfigError(f"{entry} needs a list of SHA-256 hashes, 64 digits of 0-9a-f each")
         for one in hashes:
-            if seen.setdefault(one, tenant) != tenant:
-                raise ConfigError(f"{FLAG}: {path}: {seen[one]} and {tenant} have the same key")
+            if seen.setdefault(one, number) != number:
+                raise ConfigError(f"{entry} has the same key as tenant number {seen[one]}")
 
 
 class Access:
@@ -120,14 +129,16 @@ class Access:
 
 
 def certificate_tenant(peer: Peer) -> str:
-    """`cert:NAME` by the first URI or DNS name of a certificate, or `cn:NAME`. Raises UnauthenticatedError.
+    """`cert:uri:NAME` by the first URI of a certificate, else `cert:dns:NAME` by the alphabetically first of its DNS
+    names, else `cn:NAME`. Raises UnauthenticatedError.
 
-    Common names are apart, because authorities that check the others may take those as they come.
+    The kinds are apart, because authorities that check one kind of name may take another as it comes.
     """
-    name = next(iter([*peer.uris, *sorted(peer.dns_names)]), "")
-    if not peer.known or not (name or peer.common_name):
+    kinds = (("cert:uri", peer.uris), ("cert:dns", sorted(peer.dns_names)), ("cn", (peer.common_name,)))
+    tenant = next((f"{kind}:{name}" for kind, names in kinds for name in names if name), "")
+    if not peer.known or not tenant:
         raise UnauthenticatedError("a client certificate with a name is needed", reason="NO_CERTIFICATE")
-    return f"cert:{name}" if name else f"cn:{peer.common_name}"
+    return tenant
 
 
 def _bearer(metadata: Iterable[tuple[str, Any]]) -> bytes:

@@ -161,14 +161,16 @@ async def test_a_client_certificate_names_the_tenant(cluster: Cluster, serve: An
     front = await serve(bindings={**bindings, "api_keys": keys}, tls=client_tls(client.ca, client.cert, client.key))
     assert (await refusal(stream(front, None))).reason == "NO_API_KEY"
     assert tokens_of(await front.collect(stream(front, ALICE))) == expected(2)
-    assert [record.tenant for record in worker.records] == ["cert:ann.example", "cert:ben.example", "alice"]
+    assert [record.tenant for record in worker.records] == ["cert:dns:ann.example", "cert:dns:ben.example", "alice"]
 
 
 def test_certificate_tenants() -> None:
     """By the most specific name; nobody without a certificate or a name."""
-    assert certificate_tenant(Peer(frozenset({"b", "a"}), ("spiffe://x/y",), "cn", "f")) == "cert:spiffe://x/y"
-    assert certificate_tenant(Peer(frozenset({"b", "a"}), (), "cn", "f")) == "cert:a"
+    assert certificate_tenant(Peer(frozenset({"b", "a"}), ("spiffe://x/y",), "cn", "f")) == "cert:uri:spiffe://x/y"
+    assert certificate_tenant(Peer(frozenset({"b", "a"}), (), "cn", "f")) == "cert:dns:a"
+    assert certificate_tenant(Peer(uris=("a",), fingerprint="f")) == "cert:uri:a", "a URI is nobody's DNS name"
     assert certificate_tenant(Peer(common_name="cn", fingerprint="f")) == "cn:cn"
+    assert certificate_tenant(Peer(uris=("",), common_name="cn", fingerprint="f")) == "cn:cn"
     for nobody in (NOBODY, Peer(fingerprint="f")):
         with pytest.raises(UnauthenticatedError):
             certificate_tenant(nobody)
@@ -202,14 +204,17 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
         ("{}", "at least one tenant"),
         ('{"": []}', "a tenant's name"),
         ('{"cert:ann": []}', "a tenant's name"),
-        ('{"a": "0"}', "a needs a list"),
-        ('{"a": ["0"]}', "a needs a list"),
-        (f'{{"a": ["{digest("k").upper()}"]}}', "a needs a list"),
-        (f'{{"a": ["{digest("k")}"], "b": ["{digest("k")}"]}}', "a and b have the same key"),
+        ('{"a": "0"}', "tenant number 1 needs a list"),
+        ('{"b": [], "a": ["0"]}', "tenant number 2 needs a list"),
+        (f'{{"a": ["{digest("k").upper()}"]}}', "tenant number 1 needs a list"),
+        (f'{{"a": ["{digest("k")}"], "b": ["{digest("k")}"]}}', "tenant number 2 has the same key as tenant number 1"),
+        (f'{{"{digest("k")}": ["a"]}}', "tenant number 1 is named like a key"),
+        (f'{{"b": [], "{digest("k").upper()}": []}}', "tenant number 2 is named like a key"),
+        ('{"my-secret-key": ["alice"]}', "tenant number 1 needs a list"),
     ],
 )
 def test_bad_files_of_keys(tmp_path: Path, text: str, words: str) -> None:
-    """Each is a ConfigError that names the flag and quotes no hash."""
+    """Each is a ConfigError that names the flag and quotes no hash, and no name: it may be a key."""
     path = tmp_path / "keys.json"
     path.touch(0o600)
     path.write_text(text)
@@ -217,6 +222,7 @@ def test_bad_files_of_keys(tmp_path: Path, text: str, words: str) -> None:
         read_keys(path)
     assert str(caught.value).startswith("--api-keys: ")
     assert digest("k") not in str(caught.value).lower()
+    assert "my-secret-key" not in str(caught.value)
 
 
 def test_a_file_that_others_can_write_is_refused(keys_file: Path) -> None:
