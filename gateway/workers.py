@@ -70,13 +70,14 @@ class Worker:
 
     def _connect(self) -> None:
         """A channel with the certificate of this moment. Nothing is sent yet."""
-        self._certificate = self._tls.version if self._tls is not None else 0
+        certificate = self._tls.version if self._tls is not None else 0
         self.channel = open_service_channel(self.address, self.role, self._tls)
         self.stub: Any = (
             prefill_pb2_grpc.PrefillServiceStub(self.channel)
             if self.role == "prefill"
             else decode_pb2_grpc.DecodeServiceStub(self.channel)
         )
+        self._certificate = certificate
 
     def _reconnect(self) -> None:
         """A channel begins each connection with the certificate that it was made with: with a renewed one another
@@ -84,10 +85,11 @@ class Worker:
         """
         if self._tls is None or self._tls.version == self._certificate:
             return
-        task = asyncio.create_task(_close_after_calls(self.channel), name=f"old channel to {self.address}")
+        old = self.channel
+        self._connect()
+        task = asyncio.create_task(_close_after_calls(old), name=f"old channel to {self.address}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-        self._connect()
         # New requests get a feed of the new channel; those aboard the old one's stay there.
         self.feed, self._next_feed = None, 0.0
 
@@ -104,8 +106,8 @@ class Worker:
     async def watch(self) -> None:
         """Follows the worker until cancelled."""
         while True:
-            self._reconnect()
             try:
+                self._reconnect()
                 await self._follow()
             except Exception as exc:  # whatever it was: a watch that ends would never see the worker again
                 self._tell(_reason(exc))

@@ -13,6 +13,7 @@ from certificates import Authority, Issued
 from gateway_fakes import Cluster, expected, tokens_of, until
 
 from tandem.errors import UnavailableError
+from tandem.service.channel import open_service_channel
 from tandem.service.status import from_rpc_error
 from tandem.service.tls import Tls, TlsFiles, client_tls
 
@@ -118,3 +119,30 @@ async def test_a_reconnect_takes_the_renewed_certificate(cluster: Cluster, serve
     await until(lambda: old.get_state() is grpc.ChannelConnectivity.SHUTDOWN)
     await front.until_ready(1, 1)
     assert tokens_of(await front.collect(front.stream(tokens=4, prompt=range(500, 600)))) == expected(4)
+
+
+async def test_a_failed_reconnect_does_not_end_the_watch(
+    cluster: Cluster, serve: Any, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again, and requests go on, on the old channel until there is another."""
+    await workers(cluster, authority)
+    (decode,) = cluster.decode
+    gateway = authority.issue("gateway", "tandem-gateway")
+    front = await serve(bindings={"tls": files(gateway)}, tls=client_tls(gateway.ca))
+    worker, failures = front.gateway.pool.decode[0], []
+    old = worker.channel
+
+    def opened(*args: Any, **options: Any) -> grpc.aio.Channel:
+        if len(failures) < 2:
+            failures.append(args)
+            raise OSError("no more descriptors")
+        return open_service_channel(*args, **options)
+
+    monkeypatch.setattr("gateway.workers.open_service_channel", opened)
+    authority.issue("gateway", "tandem-gateway")
+    decode.load_silent = True
+    await until(lambda: worker.channel is not old)
+    decode.load_silent = False
+    await front.until_ready(1, 1)
+    assert len(failures) == 2
+    assert tokens_of(await front.collect(front.stream(tokens=3))) == expected(3)
