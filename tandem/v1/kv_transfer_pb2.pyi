@@ -43,7 +43,7 @@ class TransferOpen(_message.Message):
     model_id: _builtins.str
     numerics_id: _builtins.str
     transport: _builtins.str
-    """shm or grpc."""
+    """shm, grpc or nixl."""
     endpoint: _builtins.bytes
     """Where the receiver finds the sender's pool; empty when the bytes ride in the stream. Of several ranks: each one's, behind its
     length (little-endian, 4 bytes).
