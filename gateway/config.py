@@ -11,7 +11,7 @@ class Limits:
 
     max_prompt_bytes: int = 4 << 20
     max_token_ids: int = 1 << 20
-    """In a prompt, or to detokenize."""
+    """In a prompt, in all outputs that a client goes on with together, or to detokenize."""
     max_request_id: int = 128
     max_cache_salt: int = 128
     max_stop_strings: int = 16

@@ -58,8 +58,8 @@ def asked(request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: Limits
 
 def _resumed(resume: pb.Resume, limits: Limits) -> Resumed:
     check_count("resume.outputs", len(resume.outputs), limits.max_n)
-    for output in resume.outputs:
-        check_count("resume.outputs.token_ids", len(output.token_ids), limits.max_token_ids)
+    count = sum(len(output.token_ids) for output in resume.outputs)
+    check_count("resume.outputs.token_ids", count, limits.max_token_ids)
     return Resumed(
         outputs=tuple(
             Given(tuple(output.token_ids), output.text_bytes, wire.finish_reason_from_pb(output.finish_reason))

@@ -1,30 +1,51 @@
 """The requests under way, by tenant and request id.
 
-Life cycle of an entry: `async with live.enter(tenant, request_id, takes_over=...)` around the whole of a request. A
-second one of the same tenant and id is refused, since two answers to one id help nobody. But a client that says it
-goes on with a broken stream (`resume`) is believed: its old connection may hang here unnoticed for as long as
-keepalive takes, so the old request ends with StaleError, which frees its workers at once, and the new one runs.
+Life cycle of an entry: `async with live.enter(tenant, request_id, takes_over=...)` around the whole of a request, and
+`take_over` once it is known to be valid. A second one of the same tenant and id is refused, since two answers to one id
+help nobody. But a client that says it goes on with a broken stream (`resume`) is believed: its old connection may hang
+here unnoticed for as long as keepalive takes, so at `take_over` the old request ends with StaleError, which frees its
+workers at once, and the new one runs. Until then the old one lives: a request that is refused ends nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self
 
 from tandem.errors import DrainingError, InvalidRequestError, StaleError
 
+_Key = tuple[str, str]
 
-class _Entry:
-    """Ends the block that it surrounds when another takes it over."""
 
-    def __init__(self) -> None:
+class Entry:
+    """Ends the block that it surrounds when a later one takes it over."""
+
+    def __init__(self, entries: dict[_Key, Entry], key: _Key, number: int) -> None:
+        """One of `entries` at once if `key` is free, else with `take_over`. `number` counts up as requests arrive."""
+        self._entries, self._key, self._number = entries, key, number
         self._scope = asyncio.timeout(None)
         self._superseded = False
+        entries.setdefault(key, self)
 
-    def supersede(self) -> None:
+    def take_over(self) -> None:
+        """Ends the one that has the key. Raises StaleError when that one came later."""
+        holder = self._entries.get(self._key, self)
+        if holder._number > self._number:
+            raise _superseded()
+        if holder is not self:
+            holder._supersede()
+        self._entries[self._key] = self
+
+    def leave(self) -> None:
+        """The key is free again, unless another has it."""
+        if self._entries.get(self._key) is self:
+            del self._entries[self._key]
+
+    def _supersede(self) -> None:
         self._superseded = True
         self._scope.reschedule(asyncio.get_running_loop().time())
 
@@ -39,9 +60,12 @@ class _Entry:
             await self._scope.__aexit__(kind, value, traceback)
         except TimeoutError:
             if self._superseded:
-                message = "the request goes on over another connection"
-                raise StaleError(message, reason="SUPERSEDED") from None
+                raise _superseded() from None
             raise
+
+
+def _superseded() -> StaleError:
+    return StaleError("the request goes on over another connection", reason="SUPERSEDED")
 
 
 class LiveRequests:
@@ -49,7 +73,8 @@ class LiveRequests:
 
     def __init__(self) -> None:
         """None yet."""
-        self._entries: dict[tuple[str, str], _Entry] = {}
+        self._entries: dict[_Key, Entry] = {}
+        self._numbers = itertools.count()
         self._count = 0
         self.draining = False
         """Nothing new comes in."""
@@ -58,24 +83,21 @@ class LiveRequests:
         self.idle.set()
 
     @contextlib.asynccontextmanager
-    async def enter(self, tenant: str, request_id: str, *, takes_over: bool) -> AsyncIterator[None]:
+    async def enter(self, tenant: str, request_id: str, *, takes_over: bool) -> AsyncIterator[Entry]:
         """Raises DrainingError, InvalidRequestError for an id in use, StaleError when another took this one over."""
         if self.draining:
             raise DrainingError("the gateway is about to stop")
         key = (tenant, request_id)
-        if (older := self._entries.get(key)) is not None:
-            if not takes_over:
-                raise InvalidRequestError(f"request_id: {request_id!r} is in use", field="request_id")
-            older.supersede()
+        if key in self._entries and not takes_over:
+            raise InvalidRequestError(f"request_id: {request_id!r} is in use", field="request_id")
         self._count += 1
         self.idle.clear()
-        entry = self._entries[key] = _Entry()
+        entry = Entry(self._entries, key, next(self._numbers))
         try:
             async with entry:
-                yield
+                yield entry
         finally:
-            if self._entries.get(key) is entry:
-                del self._entries[key]
+            entry.leave()
             self._count -= 1
             if not self._count:
                 self.idle.set()

@@ -77,8 +77,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         request_id = asked.request_id or uuid.uuid4().hex
         entered = self._live.enter(tenant, request_id, takes_over=asked.resume is not None)
         with bind_request(request_id, tenant):
-            async with entered:
+            async with entered as entry:
                 job = await self._prepare(asked, tenant, request_id, started, context.time_remaining())
+                entry.take_over()
 
                 async def write(event: Event) -> None:
                     if isinstance(event, Admitted):
@@ -95,6 +96,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         limits, patience = self._services.config.limits, self._services.config.patience
         vocab_size = self._catalog.vocab_size
         sampling = validation.sampling_params(asked, limits, vocab_size)
+        validation.check_resume_count(asked, sampling)
         timeout = patience.default_timeout if remaining is None else remaining
         async with asyncio.timeout_at(started + timeout):
             prompt = await self._tokens(asked, vocab_size)
@@ -105,7 +107,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             max_context=self._catalog.max_context,
             vocab_size=vocab_size,
         )
-        validation.check_resume(asked, sampling, stopping, vocab_size)
+        validation.check_resume(asked, stopping, vocab_size)
         return Job(
             request_id=request_id,
             prompt=prompt,

@@ -112,12 +112,16 @@ def _seed(asked: Asked, named: int | None, *, greedy: bool) -> int:
     return (drawn or 0) if named is None else named
 
 
-def check_resume(asked: Asked, sampling: SamplingParams, stopping: StopRules, vocab_size: int) -> None:
-    """What the client says it has must be possible for this request."""
+def check_resume_count(asked: Asked, sampling: SamplingParams) -> None:
+    """As many outputs as the request has, or none."""
     given = asked.resume.outputs if asked.resume is not None else ()
     if given and len(given) != sampling.n:
         raise _bad("resume.outputs", f"{len(given)} outputs of a request with n = {sampling.n}")
-    for output in given:
+
+
+def check_resume(asked: Asked, stopping: StopRules, vocab_size: int) -> None:
+    """What the client says it has must be possible for this request."""
+    for output in asked.resume.outputs if asked.resume is not None else ():
         check_ids("resume.outputs.token_ids", output.token_ids, vocab_size)
         if len(output.token_ids) > stopping.max_tokens:
             count, most = len(output.token_ids), stopping.max_tokens

@@ -13,7 +13,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from tandem.client import convert
-from tandem.client.going_on import Progress, Route, Tries, repeated
+from tandem.client.going_on import Progress, Route, Tries, named, repeated
 from tandem.client.types import Event, GenerateResult, Message, Model, Options
 from tandem.service.channel import open_channel
 from tandem.service.tls import client_tls
@@ -122,7 +122,9 @@ class AsyncClient:
     async def _call(self, method: str, request: Any, seconds: float | None) -> Any:
         """A call whose answer comes at once: it begins again where a gateway is lost."""
         tries = Tries(self._route, convert.deadline(seconds, self._timeout))
+        request = named(request)
         while True:
+            self._route.check_open()
             at = self._route.at
             try:
                 return await getattr(self._stubs[at], method)(
@@ -147,6 +149,7 @@ class AsyncStream(AsyncIterator[Event]):
         self._events = self._read()
 
     def _begin(self) -> None:
+        self._route.check_open()
         self._at = self._route.at
         stub, progress = self._stubs[self._at], self._progress
         self._call = stub.GenerateStream(

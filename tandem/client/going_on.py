@@ -17,7 +17,16 @@ import grpc
 
 from tandem.client import convert
 from tandem.client.types import Event
-from tandem.errors import ConfigError, DeadlineError, IncompatibleError, TandemError, UnavailableError
+from tandem.errors import (
+    ConfigError,
+    DeadlineError,
+    DrainingError,
+    IncompatibleError,
+    OverloadedError,
+    RequestCancelledError,
+    TandemError,
+    UnavailableError,
+)
 from tandem.service import status
 from tandem.v1 import inference_pb2 as pb
 
@@ -69,6 +78,13 @@ class Route(Generic[Channel]):
         """Index of the gateway to ask."""
         return self._at
 
+    def check_open(self) -> None:
+        """Before each call: gRPC's own complaints of a closed channel are of no use to anybody. Raises
+        RequestCancelledError.
+        """
+        if self.closed:
+            raise RequestCancelledError("the client is closed")
+
     def leave(self, at: int) -> None:
         """The gateway `at` failed: ask the next, unless another call has moved on already."""
         if self._at == at:
@@ -93,6 +109,7 @@ class Tries:
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._failures = 0
         self._most = route.tries
+        self._begun = False
 
     @property
     def remaining(self) -> float | None:
@@ -101,7 +118,7 @@ class Tries:
 
     def begun(self) -> None:
         """A stream has begun: somebody is there, and it is worth more patience."""
-        self._most = self._route.resumes
+        self._begun, self._most = True, self._route.resumes
 
     def succeeded(self) -> None:
         """Something new came."""
@@ -111,21 +128,42 @@ class Tries:
         """Seconds to wait before the next try, at another gateway if there is one. Raises what ends the call."""
         error = status.from_rpc_error(exc)
         self._failures += 1
-        if final or self._route.closed or self._failures >= self._most or not may_go_on(exc, error):
+        over = final or self._route.closed or self._failures >= self._most
+        if over or not may_go_on(exc, error, begun=self._begun):
             raise error from exc
         self._route.leave(at)
         rounds = (self._failures - 1) // len(self._route.addresses)
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**rounds) * random.uniform(0.5, 1.0)
+        pause = max(pause, self._asked_pause(error))
         left = self.remaining
         if left is not None and left <= pause:
             raise DeadlineError(f"the deadline is too near for another try; the last one: {error.message}") from exc
         return pause
 
+    def _asked_pause(self, error: TandemError) -> float:
+        """Seconds that the gateway asks for. One that drains speaks for itself alone: the next is asked soon."""
+        if isinstance(error, DrainingError) and len(self._route.addresses) > 1:
+            return 0.0
+        return getattr(error, "retry_after", None) or 0.0
 
-def may_go_on(exc: grpc.RpcError, error: TandemError) -> bool:
-    """True when another try may help: the gateway is gone, or it says UNAVAILABLE."""
+
+def may_go_on(exc: grpc.RpcError, error: TandemError, *, begun: bool = False) -> bool:
+    """True when another try may help: the gateway is gone, or it says UNAVAILABLE. A stream that has `begun` waits for
+    its place in a full queue too, if the gateway says when: what the caller has of it would be lost.
+    """
     call: Any = exc
-    return isinstance(error, UnavailableError) if status.answered(call) else call.code() in _CUT
+    if not status.answered(call):
+        return call.code() in _CUT
+    if isinstance(error, OverloadedError):
+        return begun and error.retry_after is not None
+    return isinstance(error, UnavailableError)
+
+
+def named(request: Any) -> Any:
+    """`request` with an id if it can have one, so that every gateway knows its repetition for the same."""
+    if isinstance(request, (pb.GenerateRequest, pb.GenerateStreamRequest)):
+        request.request_id = request.request_id or uuid.uuid4().hex
+    return request
 
 
 def repeated(request: Any) -> Any:
@@ -139,9 +177,9 @@ class Progress:
     """What has come of one stream. Costs a list's growth per delta."""
 
     def __init__(self, request: pb.GenerateStreamRequest, tries: Tries) -> None:
-        """`request` gets an id if it has none, so that every gateway knows it for the same."""
-        request.request_id = request.request_id or uuid.uuid4().hex
-        self._request, self.tries = request, tries
+        """`request` gets an id if it has none."""
+        self._request: pb.GenerateStreamRequest = named(request)
+        self.tries = tries
         count = request.sampling.n if request.sampling.HasField("n") else 1
         self._begun = self._resuming = False
         self._resume = pb.Resume(outputs=[pb.ResumeOutput()] * max(1, count))

@@ -10,9 +10,11 @@ import grpc
 import pytest
 from gateway_fakes import Cluster, Front, expected, text_of, tokens_of, until
 
+from gateway.config import Limits
+from gateway.convert import asked
 from gateway.live import LiveRequests
 from gateway.tokenizer import Tokenizer
-from tandem.errors import StaleError
+from tandem.errors import InvalidRequestError, StaleError
 from tandem.service.status import from_rpc_error
 from tandem.v1 import inference_pb2, types_pb2
 
@@ -163,7 +165,8 @@ async def test_tenants_do_not_take_over_from_each_other() -> None:
     entered = asyncio.Event()
 
     async def run(tenant: str) -> str:
-        async with live.enter(tenant, "id", takes_over=True):
+        async with live.enter(tenant, "id", takes_over=True) as entry:
+            entry.take_over()
             entered.set()
             await asyncio.sleep(30 if tenant == "a" else 0)
         return tenant
@@ -172,11 +175,80 @@ async def test_tenants_do_not_take_over_from_each_other() -> None:
     await entered.wait()
     assert await run("b") == "b"
     assert not first.done()
-    async with live.enter("a", "id", takes_over=True):
+    async with live.enter("a", "id", takes_over=True) as entry:
+        entry.take_over()
         with pytest.raises(StaleError):
             await first
         assert not live.idle.is_set()
     assert live.idle.is_set()
+
+
+async def test_a_takeover_that_comes_late_ends_nothing() -> None:
+    """Of several connections the last is the client's, whichever request was ready first."""
+    live, entered = LiveRequests(), asyncio.Event()
+
+    async def run() -> None:
+        async with live.enter("a", "id", takes_over=False):
+            entered.set()
+            await asyncio.Event().wait()
+
+    first = asyncio.create_task(run())
+    await entered.wait()
+    async with live.enter("a", "id", takes_over=True) as earlier, live.enter("a", "id", takes_over=True) as later:
+        later.take_over()
+        with pytest.raises(StaleError):
+            earlier.take_over()
+        with pytest.raises(StaleError):
+            await first
+        assert live._entries == {("a", "id"): later}
+    assert live.idle.is_set()
+    assert not live._entries
+
+
+async def test_what_is_refused_takes_nothing_over(cluster: Cluster, serve: Any) -> None:
+    """The stream that lives goes on undisturbed."""
+    await cluster.start(prefill=0)
+    worker = cluster.decode[0]
+    worker.stream_pause_after = 2
+    front = await serve()
+    old = front.stream(request_id="same")
+    given = [await old.read()]
+    bad = inference_pb2.Resume(outputs=[_output(token_ids=[60_000])], seed=1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await front.collect(front.stream(request_id="same", resume=bad))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    worker.resume.set()
+    assert tokens_of([*given, *await front.collect(old)]) == expected(8)
+    assert not front.gateway.servicer._live._entries
+
+
+def test_outputs_are_bounded_together_before_they_are_copied() -> None:
+    """A message has room for millions in each."""
+    limits = Limits(max_token_ids=5)
+    for count, fits in ((2, True), (3, False)):
+        outputs = [_output(token_ids=range(count))] * 2
+        request = inference_pb2.GenerateStreamRequest(resume=inference_pb2.Resume(outputs=outputs))
+        if fits:
+            assert asked(request, limits).resume
+            continue
+        with pytest.raises(InvalidRequestError, match="6 entries, at most 5") as caught:
+            asked(request, limits)
+        assert caught.value.field == "resume.outputs.token_ids"
+
+
+async def test_outputs_are_counted_before_the_text_is_tokenized(
+    cluster: Cluster, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can't be right costs nothing."""
+    await cluster.start()
+    front = await serve()
+    encoded: list[str] = []
+    monkeypatch.setattr(front.gateway.servicer._text, "encode", lambda text, **_: encoded.append(text))
+    given = inference_pb2.Resume(outputs=[_output()] * 2, seed=1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await front.collect(front.stream(text="some", resume=given))
+    assert from_rpc_error(caught.value).metadata["field"] == "resume.outputs"
+    assert not encoded
 
 
 def _output(**fields: Any) -> inference_pb2.ResumeOutput:

@@ -145,7 +145,9 @@ def test_unavailable_is_retried_before_the_answer_begins(call: Any, fake_gateway
     servicer = fake_gateway[0]
     for method in ("generate", "stream"):
         before = len(servicer.requests)
-        servicer.fail = lambda n, before=before: errors.UnavailableError("not yet") if n - before < 3 else None
+        servicer.fail = lambda n, before=before: (
+            errors.UnavailableError("not yet", retry_after=0.01) if n - before < 3 else None
+        )
         assert call(method, "one")
         assert len(servicer.requests) - before == 3
 

@@ -110,6 +110,32 @@ def test_what_the_gateway_says_itself_is_final(call: Any, fake_gateways: Any) ->
     assert len(second.requests) == 1
 
 
+def test_a_full_queue_is_waited_for_once_a_stream_has_begun(call: Any, fake_gateways: Any) -> None:
+    """Where the gateway says when to come again; what the caller has would be lost. Before that, it is told at once."""
+    (first, _), (second, _) = fake_gateways
+    first.cuts = [3]
+    second.fail = lambda n: errors.OverloadedError("full", retry_after=0.01) if n == 1 else None
+    first.fail = lambda n: errors.OverloadedError("full", retry_after=0.01) if n == 2 else None
+    events = call("stream", WORDS)
+    assert "".join(event.text for event in events if isinstance(event, Delta)) == WORDS + " "
+    assert (len(first.requests), len(second.requests)) == (2, 2)
+    second.cuts = [3]
+    first.fail = lambda n: errors.OverloadedError("never", retry_after=None)
+    with pytest.raises(errors.OverloadedError, match="never"):
+        call("stream", WORDS, addresses=[fake_gateways[1][1], fake_gateways[0][1]])
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_pause_is_what_the_gateway_asks_for(call: Any, fake_gateways: Any, alone: bool) -> None:
+    """Never less, nor past the deadline. But a gateway that drains doesn't speak for the next."""
+    fake_gateways[0][0].fail = lambda n: errors.DrainingError("about to stop", retry_after=60)
+    if not alone:
+        assert call("stream", WORDS)
+        fake_gateways[0][0].fail = lambda n: errors.UnavailableError("about to stop", retry_after=60)
+    with pytest.raises(errors.DeadlineError, match="about to stop"):
+        call("stream", WORDS, **({"addresses": [fake_gateways[0][1]]} if alone else {}))
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_gateways_that_cannot_resume(call: Any, fake_gateways: Any, which: int) -> None:
     """Of a version before: nothing is given twice, and no other tokens are drawn."""
@@ -125,6 +151,65 @@ def test_calls_that_answer_at_once(call: Any, fake_gateways: Any) -> None:
     assert call("generate", WORDS, addresses=addresses).text == WORDS + " "
     assert call("models", addresses=addresses)
     assert fake_gateways[1][0].requests[0].HasField("resume"), "an old one under its id would be in its way"
+
+
+def test_a_repeated_call_keeps_its_id(call: Any, fake_gateways: Any) -> None:
+    """Chosen before the first try, so that a run which still lives ends when the next begins."""
+    servicer, address = fake_gateways[0]
+    servicer.fail = lambda n: errors.UnavailableError("not yet", retry_after=0.01) if n == 1 else None
+    for given in (None, "mine"):
+        servicer.requests.clear()
+        call("generate", WORDS, addresses=[address], request_id=given)
+        first, second = servicer.requests
+        assert first.request_id == second.request_id != ""
+        assert not first.HasField("resume")
+        assert given in (None, second.request_id)
+
+
+def test_closing_a_client_ends_a_stream_that_pauses(fake_gateways: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an error of ours."""
+    servicer, address = fake_gateways[0]
+    servicer.cuts = [1]
+    client = Client(address)
+    pause_after = going_on.Progress.pause_after
+
+    def close_then(*args: Any, **options: Any) -> float:
+        pause = pause_after(*args, **options)
+        client.close()
+        return pause
+
+    monkeypatch.setattr(going_on.Progress, "pause_after", close_then)
+    with pytest.raises(errors.RequestCancelledError, match="closed"):
+        list(client.stream(WORDS))
+    with pytest.raises(errors.RequestCancelledError, match="closed"):
+        client.models()
+
+
+async def test_closing_an_async_client_ends_a_stream_that_pauses(
+    fake_gateways: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same."""
+    servicer, address = fake_gateways[0]
+    servicer.cuts = [1]
+    client, paused = AsyncClient(address), asyncio.Event()
+    pause_after = going_on.Progress.pause_after
+
+    def tell(*args: Any, **options: Any) -> float:
+        paused.set()
+        return max(0.2, pause_after(*args, **options))
+
+    async def read() -> None:
+        async for _event in client.stream(WORDS):
+            pass
+
+    monkeypatch.setattr(going_on.Progress, "pause_after", tell)
+    reader = asyncio.create_task(read())
+    await paused.wait()
+    await client.close()
+    with pytest.raises(errors.RequestCancelledError, match="closed"):
+        await reader
+    with pytest.raises(errors.RequestCancelledError, match="closed"):
+        await client.models()
 
 
 def test_nobody_anywhere(call: Any) -> None:
