@@ -111,11 +111,11 @@ PAIRWISE = [
     Variant(7, "shm", 16, False, 2, True, pick="many"),
     Variant(1, "grpc", 16, False, 1, True, pick="few", sampled=16),
     Variant(512, "grpc", 1, False, 2, False, pick="few", greedy=32, sampled=16),
-    Variant(64, "shm", 1, False, 2, False, greedy=32, sampled=16),
+    Variant(64, "shm", 1, False, 2, False, greedy=16, sampled=16),
     Variant(1, "shm", 1, True, 2, False, pick="few", greedy=32, sampled=16),
     Variant(prefill=False, pick="many"),
     Variant(64, "grpc", 16, True, 1, True, pick="many"),
-    Variant(7, "grpc", 1, True, 1, False, greedy=32, sampled=16, prefill_block_size=24),
+    Variant(7, "grpc", 1, True, 1, False, greedy=16, sampled=8, prefill_block_size=24),
 ]
 
 # Compute int8 keeps the promise among its own runs: the first is what the others are compared with.
