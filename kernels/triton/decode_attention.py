@@ -192,7 +192,22 @@ def decode_launches(
     )
     if not several:
         return [main]
-    reduce = Launch(
+    return [main, _reduction(partial, weights, context_lens, out, sliding_window, split, block_d, tile)]
+
+
+def _reduction(
+    partial: torch.Tensor,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    sliding_window: int | None,
+    split: int,
+    block_d: int,
+    tile: int,
+) -> Launch:
+    """Joins the splits of `partial` [S, Hq, splits, D] by their `weights` [S, Hq, splits]."""
+    sequences, heads, splits, dim = partial.shape
+    return Launch(
         _decode_reduce,
         (sequences, heads),
         {
@@ -213,4 +228,3 @@ def decode_launches(
         },
         num_warps=2,
     )
-    return [main, reduce]
