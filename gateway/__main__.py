@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from gateway.config import GatewayConfig, Limits, Patience
+from gateway.discovery.flags import add_discovery_flags, source_of
 from gateway.wiring import Bindings, Gateway
 from tandem.errors import ConfigError
-from tandem.service import address as addresses
 from tandem.service import logging, server
 from tandem.service.tls import add_tls_flags, tls_files
 
@@ -52,9 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="GGUF file or Hugging Face folder; only its tokenizer is read")
     add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="gRPC; port 0 for any")
     add("--http", default="127.0.0.1:0", metavar="HOST:PORT", help="/metrics and /healthz; port 0 for any")
-    add("--workers-file", type=Path, help='JSON {"prefill": [...], "decode": [...]}, watched for changes')
-    add("--prefill-worker", action="append", default=[], metavar="HOST:PORT", help="may be repeated")
-    add("--decode-worker", action="append", default=[], metavar="HOST:PORT", help="may be repeated")
+    add_discovery_flags(flags)
     add("--max-queue", type=_positive, default=config.max_queue, help="requests that may wait for workers")
     add(
         "--default-timeout", type=_seconds, default=config.patience.default_timeout, help="seconds, where none is given"
@@ -97,13 +95,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _bindings(flags: argparse.Namespace) -> Bindings:
-    listed = [*flags.prefill_worker, *flags.decode_worker]
-    if flags.workers_file and listed:
-        raise ConfigError("--workers-file: give either this or --prefill-worker and --decode-worker")
-    if not flags.workers_file and not flags.decode_worker:
-        raise ConfigError("--decode-worker: at least one is needed, or --workers-file")
-    for text in listed:
-        addresses.parse(text, flag="--prefill-worker/--decode-worker")
+    source = source_of(flags)
     tls = tls_files(flags.tls_cert, flags.tls_key, flags.tls_ca)
     if tls is None and flags.tls_client_auth != "none":
         raise ConfigError("--tls-client-auth: it needs --tls-cert, --tls-key and --tls-ca")
@@ -111,10 +103,8 @@ def _bindings(flags: argparse.Namespace) -> Bindings:
         flags.model,
         flags.listen,
         flags.http,
-        flags.workers_file,
-        flags.prefill_worker,
-        flags.decode_worker,
-        tls,
+        source=source,
+        tls=tls,
         client_certificates=flags.tls_client_auth == "required",
         api_keys=flags.api_keys,
     )

@@ -1,46 +1,20 @@
-"""The set of workers: from flags, or from a file that may change while the gateway runs.
+"""The set of workers, which may change while the gateway runs.
 
-Life cycle: `WorkerPool(...)` -> `start()` -> `set_addresses` as often as needed (the file's watcher does) -> `close()`.
+Life cycle: `WorkerPool(...)` -> `set_addresses` as often as needed (a source does, by `found`) -> `close()`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from gateway.discovery.source import Addresses
 from gateway.fit import mismatch
 from gateway.workers import Worker
-from tandem.errors import ConfigError
-from tandem.service import address as addresses
 from tandem.service.logging import get_logger
 from tandem.service.tls import Tls
 
 _log = get_logger(__name__)
-
-POLL_SECONDS = 0.2
-MAX_FILE_BYTES = 1 << 20
-Addresses = tuple[tuple[str, ...], tuple[str, ...]]
-
-
-def read_workers_file(path: Path) -> Addresses:
-    """(prefill, decode) addresses. Raises ConfigError."""
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"--workers-file: {path} is larger than {MAX_FILE_BYTES} bytes")
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"--workers-file: {path} can't be read: {exc}") from exc
-    if not isinstance(value, dict) or not value.keys() <= {"prefill", "decode"}:
-        raise ConfigError(f'--workers-file: {path} must hold {{"prefill": [...], "decode": [...]}} and nothing else')
-    return _checked(value.get("prefill", []), path), _checked(value.get("decode", []), path)
-
-
-def _checked(items: object, path: Path) -> tuple[str, ...]:
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise ConfigError(f"--workers-file: {path} must hold lists of HOST:PORT")
-    return tuple(str(addresses.parse(item, flag="--workers-file")) for item in items)
 
 
 class WorkerPool:
@@ -52,9 +26,10 @@ class WorkerPool:
         self._workers: dict[tuple[str, str], Worker] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._gone: set[asyncio.Task[None]] = set()
-        self._file_task: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[], None]] = []
         self._reported: set[tuple[str, str]] = set()
+        self.failed_lookups = 0
+        """How often a source was in trouble."""
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """`listener` must be quick and must not raise."""
@@ -93,22 +68,13 @@ class WorkerPool:
             self._tasks[role, address] = asyncio.create_task(worker.watch(), name=f"watch {role} {address}")
         self._notify()
 
-    def follow(self, path: Path) -> None:
-        """Reads the workers' file now (ConfigError when it is bad) and again whenever it changes."""
-        self.set_addresses(*read_workers_file(path))
-        self._file_task = asyncio.create_task(self._poll(path, _stamp(path)), name="watch workers file")
+    def found(self, addresses: Addresses) -> None:
+        """A source's report: exactly these."""
+        self.set_addresses(addresses.prefill, addresses.decode)
 
-    async def _poll(self, path: Path, last: tuple[int, int, int] | None) -> None:
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            now = _stamp(path)
-            if now is None or now == last:
-                continue
-            last = now
-            try:
-                self.set_addresses(*read_workers_file(path))
-            except ConfigError as exc:
-                _log.error("the workers' file is bad; keeping the last good one", error=str(exc))
+    def trouble(self, reason: str) -> None:
+        """A source's report: it could not look. It has logged why."""
+        self.failed_lookups += 1
 
     def _retire(self, worker: Worker) -> None:
         async def close_when_idle() -> None:
@@ -137,16 +103,8 @@ class WorkerPool:
 
     async def close(self) -> None:
         """Ends all watching and every channel."""
-        tasks = [*self._tasks.values(), *self._gone, *([self._file_task] if self._file_task else [])]
+        tasks = [*self._tasks.values(), *self._gone]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(worker.close() for worker in self._workers.values()))
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size

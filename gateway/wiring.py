@@ -14,6 +14,8 @@ from pathlib import Path
 from gateway.access import Access
 from gateway.catalog import Catalog
 from gateway.config import GatewayConfig
+from gateway.discovery.listed import ListedWorkers
+from gateway.discovery.source import Source
 from gateway.dispatch import Dispatcher
 from gateway.http import HttpServer
 from gateway.pairing import Pairing
@@ -39,9 +41,10 @@ class Bindings:
     model: str
     listen: str
     http: str
-    workers_file: Path | None = None
     prefill: Sequence[str] = ()
     decode: Sequence[str] = ()
+    source: Source | None = None
+    """Where workers come from; None: from the two lists."""
     tls: TlsFiles | None = None
     client_certificates: bool = False
     """With TLS: only clients with a certificate of the authorities connect."""
@@ -57,6 +60,7 @@ class Gateway:
         self.text = text or TextService.load(bindings.model)
         tls = Tls(bindings.tls, ROLE_NAMES["gateway"]) if bindings.tls is not None else None
         self.pool = WorkerPool(silence=config.patience.heartbeat_timeout, tls=tls)
+        self._source = bindings.source or ListedWorkers(bindings.prefill, bindings.decode)
         self.metrics = Metrics("gateway")
         pairing = Pairing(self.pool, config)
         dispatcher = Dispatcher(self.pool, pairing, config)
@@ -82,10 +86,7 @@ class Gateway:
         self.http_address = await self.http.start()
         self._warn()
         self.pool.on_change(self._on_change)
-        if self._bindings.workers_file is not None:
-            self.pool.follow(self._bindings.workers_file)
-        else:
-            self.pool.set_addresses(self._bindings.prefill, self._bindings.decode)
+        self._source.start(self.pool)
 
     def _warn(self) -> None:
         """What an operator should know of a port that other machines reach."""
@@ -129,5 +130,6 @@ class Gateway:
         """Ends the server, watches and channels."""
         await self.shell.server.stop(0)
         await self.http.close()
+        await self._source.close()
         await self.pool.close()
         self.text.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from gateway.discovery.source import Addresses
 from gateway.wiring import Gateway
 from tandem.errors import DrainingError, OverloadedError, StaleError
 from tandem.kv_layout import KvLayout
@@ -442,6 +443,21 @@ class Front:
         if "text" not in more and "messages" not in more:
             more["token_ids"] = inference_pb2.TokenIds(ids=prompt)
         return inference_pb2.GenerateStreamRequest(stopping=stopping, **more)
+
+
+class Heard:
+    """What a source of workers reported."""
+
+    def __init__(self) -> None:
+        self.last = Addresses()
+        self.reports = 0
+        self.troubles: list[str] = []
+
+    def found(self, addresses: Addresses) -> None:
+        self.last, self.reports = addresses, self.reports + 1
+
+    def trouble(self, reason: str) -> None:
+        self.troubles.append(reason)
 
 
 def tokens_of(responses: Sequence[inference_pb2.GenerateStreamResponse], index: int = 0) -> list[int]:

@@ -1,10 +1,9 @@
-"""`python -m gateway` as a process, and the workers' file."""
+"""`python -m gateway` as a process."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -12,11 +11,9 @@ from typing import Any
 
 import grpc
 import pytest
-from gateway_fakes import Cluster, expected, until
+from gateway_fakes import Cluster, expected
 
 from gateway.__main__ import parser
-from gateway.pool import WorkerPool, read_workers_file
-from tandem.errors import ConfigError
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,35 +91,3 @@ async def test_start_errors(flags: list[str], words: str, model_path: Path) -> N
     lines = stderr.decode().strip().splitlines()
     assert lines[-1].startswith("error: ")
     assert words in lines[-1]
-
-
-async def test_workers_file_is_followed(tmp_path: Path) -> None:
-    """Replaced by rename: workers come and go; a bad file changes nothing."""
-    file, part = tmp_path / "workers.json", tmp_path / "part"
-
-    def write(text: str) -> None:
-        part.write_text(text)
-        os.replace(part, file)
-
-    write('{"prefill": [], "decode": ["127.0.0.1:1"]}')
-    pool = WorkerPool()
-    try:
-        pool.follow(file)
-        assert [w.address for w in pool.decode] == ["127.0.0.1:1"]
-        write('{"prefill": ["127.0.0.1:3"], "decode": ["127.0.0.1:2"]}')
-        await until(lambda: [w.address for w in pool.decode] == ["127.0.0.1:2"])
-        assert [w.address for w in pool.prefill] == ["127.0.0.1:3"]
-        write("{")
-        write('{"decode": ["127.0.0.1:4"]}')
-        await until(lambda: [w.address for w in pool.decode] == ["127.0.0.1:4"])
-    finally:
-        await pool.close()
-
-
-@pytest.mark.parametrize("text", ["[]", '{"decode": 3}', '{"decode": ["x"]}', '{"other": []}', "nonsense"])
-def test_bad_workers_files(tmp_path: Path, text: str) -> None:
-    """Each is a ConfigError that names the flag."""
-    file = tmp_path / "workers.json"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match="--workers-file"):
-        read_workers_file(file)
