@@ -58,10 +58,16 @@ class Assembly(assembly.Assembly):
         await asyncio.to_thread(self.transfers.close)
 
 
-def assemble(parts: Parts, listen: str, metrics: Metrics | None = None, tls: Tls | None = None) -> Assembly:
+def assemble(
+    parts: Parts,
+    listen: str,
+    metrics: Metrics | None = None,
+    tls: Tls | None = None,
+    health: str | None = None,
+) -> Assembly:
     """Build a worker and its server. Inside a running event loop. Raises ConfigError.
 
-    With `tls` only gateways may have it decode, and only prefill workers may send it KV.
+    With `tls` only gateways may have it decode, and only prefill workers may send it KV. `health`: see `ServerShell`.
     """
     identity = parts.identity
     generations = memoryview(bytearray(8 * identity.total_blocks)).cast("Q")
@@ -77,7 +83,8 @@ def assemble(parts: Parts, listen: str, metrics: Metrics | None = None, tls: Tls
         stream_limit=parts.stream_limit,
     )
     transfers = TransferServicer(worker, {name: target_transport(name) for name in identity.transports})
-    shell = ServerShell("decode", listen, tls=tls, admit=callers(SERVICES) if tls is not None else None)
+    admit = callers(SERVICES) if tls is not None else None
+    shell = ServerShell("decode", listen, tls=tls, admit=admit, health=health)
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker), shell.server)
     transfer_servicer.add_to_server(transfers, shell.server)
     for name in SERVICES:

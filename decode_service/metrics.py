@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from decode_service.events import Load
 from decode_service.scheduler import Scheduler
 from worker import metrics
@@ -9,6 +11,11 @@ from worker import metrics
 
 class StepMetrics(metrics.StepMetrics):
     """Turns the scheduler's counters into metrics."""
+
+    def watch_leases(self, held: Callable[[], int], orphaned: Callable[[], int]) -> None:
+        """Both are asked at each scrape, on its thread."""
+        self._metrics.gauge("leases", "Leases whose blocks are not freed yet.").set_function(held)
+        self._metrics.gauge("leases_orphaned", "Of them, those whose request is over.").set_function(orphaned)
 
     def observe(self, load: Load, scheduler: Scheduler) -> None:
         """Sets the gauges and adds what was counted since the last call."""

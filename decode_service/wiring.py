@@ -25,5 +25,7 @@ async def serve(flags: Flags) -> int:
         "decode",
         flags,
         lambda: loading.load(flags),
-        lambda engine, address, metrics, tls: assemble(parts_of(engine, flags, address), flags.listen, metrics, tls),
+        lambda engine, address, metrics, tls: assemble(
+            parts_of(engine, flags, address), flags.listen, metrics, tls, flags.health
+        ),
     )

@@ -49,8 +49,11 @@ class DecodeWorker(Worker[OutputStream]):
         self._stream_limit = stream_limit
         self.feeds = Feeds()
         self._keys: dict[str, str] = {}
+        """Requests of leases, as long as their streams are open."""
         self._transfers: dict[str, set[asyncio.Future[None]]] = {}
         self._pulse_task: asyncio.Task[None] | None = None
+        if metrics is not None:
+            metrics.watch_leases(lambda: len(self.leases), lambda: max(0, len(self.leases) - len(self._keys)))
 
     def start(self) -> None:
         """Start the engine thread and the heartbeats."""

@@ -49,9 +49,10 @@ def parser() -> argparse.ArgumentParser:
     config = GatewayConfig()
     flags = argparse.ArgumentParser("python -m gateway", description="Tandem's gateway", allow_abbrev=False)
     add = flags.add_argument
-    add("--model", required=True, help="GGUF file or Hugging Face folder; only its tokenizer is read")
+    add("--model", required=True, help="GGUF file, Hugging Face folder, default or hub:ORG/NAME; for its tokenizer")
     add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="gRPC; port 0 for any")
     add("--http", default="127.0.0.1:0", metavar="HOST:PORT", help="/metrics and /healthz; port 0 for any")
+    add("--health", metavar="HOST:PORT", help="where health alone is served too, in clear, for probes")
     add_discovery_flags(flags)
     add("--max-queue", type=_positive, default=config.max_queue, help="requests that may wait for workers")
     add(
@@ -107,6 +108,7 @@ def _bindings(flags: argparse.Namespace) -> Bindings:
         tls=tls,
         client_certificates=flags.tls_client_auth == "required",
         api_keys=flags.api_keys,
+        health=flags.health,
     )
 
 

@@ -29,10 +29,12 @@ from tandem.errors import (
     OverloadedError,
     RequestCancelledError,
     StaleError,
+    TandemError,
     UnavailableError,
 )
 from tandem.service.logging import get_logger
 from tandem.service.metrics import Metrics
+from tandem.service.status import code_of
 
 _log = get_logger(__name__)
 
@@ -76,6 +78,13 @@ class RequestRun:
 
     async def run(self) -> None:
         """Raises a TandemError for the client."""
+        try:
+            await self._run()
+        except TandemError as exc:
+            self._services.metrics.request_failure.inc(code=code_of(exc).name)
+            raise
+
+    async def _run(self) -> None:
         metrics = self._services.metrics
         try:
             async with asyncio.timeout_at(self._job.deadline):

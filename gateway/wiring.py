@@ -23,6 +23,7 @@ from gateway.pool import WorkerPool
 from gateway.request import Services
 from gateway.servicer import InferenceServicer
 from gateway.text import TextService
+from tandem.models import resolve_model
 from tandem.service import address as addresses
 from tandem.service.logging import get_logger
 from tandem.service.metrics import Metrics
@@ -48,6 +49,8 @@ class Bindings:
     tls: TlsFiles | None = None
     client_certificates: bool = False
     """With TLS: only clients with a certificate of the authorities connect."""
+    health: str | None = None
+    """Where health alone is served too, in clear."""
     api_keys: Path | None = None
 
 
@@ -57,7 +60,7 @@ class Gateway:
     def __init__(self, bindings: Bindings, config: GatewayConfig, text: TextService | None = None) -> None:
         """Loads the tokenizer unless `text` is given. Inside a running loop. Raises ConfigError."""
         self._bindings = bindings
-        self.text = text or TextService.load(bindings.model)
+        self.text = text or TextService.load(resolve_model(bindings.model, weights=False))
         tls = Tls(bindings.tls, ROLE_NAMES["gateway"]) if bindings.tls is not None else None
         self.pool = WorkerPool(silence=config.patience.heartbeat_timeout, tls=tls)
         self._source = bindings.source or ListedWorkers(bindings.prefill, bindings.decode)
@@ -74,6 +77,7 @@ class Gateway:
             tls=tls,
             client_certificates=bindings.client_certificates,
             admit=None if self.access.open else self.access.admit,
+            health=bindings.health,
         )
         self.http = HttpServer(bindings.http, self.metrics.registry, lambda: self.serving, catalog.workers)
         self.address = self.http_address = ""
@@ -128,7 +132,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Ends the server, watches and channels."""
-        await self.shell.server.stop(0)
+        await self.shell.stop(0)
         await self.http.close()
         await self._source.close()
         await self.pool.close()

@@ -43,10 +43,16 @@ class Assembly(assembly.Assembly):
     scheduler: Scheduler
 
 
-def assemble(parts: Parts, listen: str, metrics: Metrics | None = None, tls: Tls | None = None) -> Assembly:
+def assemble(
+    parts: Parts,
+    listen: str,
+    metrics: Metrics | None = None,
+    tls: Tls | None = None,
+    health: str | None = None,
+) -> Assembly:
     """Build a worker and its server. Inside a running event loop. Raises ConfigError.
 
-    With `tls` only gateways may call it.
+    With `tls` only gateways may call it. `health`: see `ServerShell`.
     """
     identity = parts.identity
     pool = BlockPool(
@@ -57,7 +63,7 @@ def assemble(parts: Parts, listen: str, metrics: Metrics | None = None, tls: Tls
     )
     scheduler = Scheduler(parts.scheduler, pool)
     admit = callers({SERVICE: ROLE_NAMES["gateway"]}) if tls is not None else None
-    shell = ServerShell("prefill", listen, tls=tls, admit=admit)
+    shell = ServerShell("prefill", listen, tls=tls, admit=admit, health=health)
     transports = {name: source_transport(name, parts.memory, identity.incarnation) for name in identity.transports}
     worker = PrefillWorker(
         identity, scheduler, parts.runner, transports, StepMetrics(metrics) if metrics is not None else None, tls

@@ -37,5 +37,7 @@ async def serve(flags: Flags) -> int:
         "prefill",
         flags,
         lambda: load(flags),
-        lambda loaded, address, metrics, tls: assemble(parts_of(*loaded, flags, address), flags.listen, metrics, tls),
+        lambda loaded, address, metrics, tls: assemble(
+            parts_of(*loaded, flags, address), flags.listen, metrics, tls, flags.health
+        ),
     )

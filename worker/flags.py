@@ -19,6 +19,7 @@ class Flags:
 
     listen: str
     metrics: str
+    health: str | None
     engine: dict[str, object]
     transports: tuple[str, ...]
     drain_grace: float
@@ -33,9 +34,10 @@ class Parser(argparse.ArgumentParser):
         """`callers`, `chunk` and `sequences` are the help of --listen, --chunk-size and --max-sequences."""
         super().__init__(prog=f"python -m {module}", description=description, allow_abbrev=False)
         add = self.add_argument
-        add("--model", required=True, metavar="PATH", help="a GGUF file or a Hugging Face folder")
+        add("--model", required=True, metavar="PATH", help="GGUF file, Hugging Face folder, default or hub:ORG/NAME")
         add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help=callers)
         add("--metrics", default="127.0.0.1:0", metavar="HOST:PORT", help="where /metrics is served")
+        add("--health", metavar="HOST:PORT", help="where health alone is served too, in clear, for probes")
         add("--compute", default="auto", help="auto, exact, bf16 or int8")
         add("--dtype", default="auto", help="of the weights: auto, float32 or bfloat16")
         add("--kv-dtype", default="auto", help="of the KV cache: auto, float32 or bfloat16")
@@ -65,6 +67,8 @@ def common(values: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Flags`. Raises ConfigError; values of the engine are checked where they are resolved."""
     addresses.parse(values.listen, flag="--listen")
     addresses.parse(values.metrics, flag="--metrics")
+    if values.health is not None:
+        addresses.parse(values.health, flag="--health")
     if not 0 <= values.drain_grace < float("inf"):
         raise ConfigError(f"--drain-grace: must be 0 or more seconds, got {values.drain_grace:g}")
     if values.log_level not in LEVELS:
@@ -73,6 +77,7 @@ def common(values: argparse.Namespace) -> dict[str, Any]:
     return {
         "listen": values.listen,
         "metrics": values.metrics,
+        "health": values.health,
         "engine": _engine(values),
         "transports": _transports(values.transport),
         "drain_grace": values.drain_grace,

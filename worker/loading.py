@@ -12,6 +12,7 @@ from engine.weights.checkpoint import read_config
 from kernels import kv_order
 from kv_transfer.registry import host_id
 from tandem.kv_layout import DEFAULT_ORDER, PAIRED_ORDER, KvLayout
+from tandem.models import resolve_model
 from worker.flags import Flags
 from worker.identity import WorkerIdentity
 
@@ -20,8 +21,8 @@ ORDERS = {kv_order.PLAIN: DEFAULT_ORDER, kv_order.PAIRED: PAIRED_ORDER}
 
 def load(flags: Flags, make_buffer: BufferFactory | None = None) -> Engine:
     """Load the model and warm it up; blocking. `make_buffer` gives the KV cache's memory. Raises ConfigError."""
-    model_config = read_config(str(flags.engine["model"]))
-    engine = load_engine(resolve(flags.engine, model_config), make_buffer)
+    model = str(resolve_model(str(flags.engine["model"])))
+    engine = load_engine(resolve({**flags.engine, "model": model}, read_config(model)), make_buffer)
     engine.runner.warm_up()
     gc.collect()
     gc.freeze()  # what is loaded stays: the collector need not look at it again in the middle of a step

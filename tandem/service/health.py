@@ -1,12 +1,15 @@
 """grpc.health.v1 for "" and every service of a process, with a Watch that reports each change.
 
 Starts as NOT_SERVING; `set_serving` may be called from the event loop at any time and returns at once.
+
+"liveness" is no service but a question of its own, for who would restart the process: a worker that drains, or a
+gateway without workers, takes nothing new and is to live on all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -15,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tandem.errors import NotFoundError
 
 Context = grpc.aio.ServicerContext[Any, Any]
+LIVENESS = "liveness"
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated without types
@@ -24,6 +28,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated
         """Knows "" until services are added."""
         self.services: set[str] = {""}
         self.serving = False
+        self.alive: Callable[[], bool] = lambda: True
+        """What "liveness" says; asked each time."""
         self._changed = asyncio.Event()
 
     def set_serving(self, serving: bool) -> None:
@@ -36,18 +42,20 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # generated
 
     def _status(self, service: str) -> Any:
         response = health_pb2.HealthCheckResponse
-        if service not in self.services:
+        if service != LIVENESS and service not in self.services:
             return response.SERVICE_UNKNOWN
-        return response.SERVING if self.serving else response.NOT_SERVING
+        good = self.alive() if service == LIVENESS else self.serving
+        return response.SERVING if good else response.NOT_SERVING
 
     async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
         """The status now; NOT_FOUND for a service that isn't here, as the protocol says."""
-        if request.service not in self.services:
+        status = self._status(request.service)
+        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             raise NotFoundError(f"no service {request.service!r} here")
-        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+        return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: N802
-        """The status now and after every change, until the caller goes."""
+        """The status now and after every change of `serving`, until the caller goes."""
         last = None
         while True:
             changed = self._changed

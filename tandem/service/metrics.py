@@ -53,6 +53,18 @@ class FinishedCounter:
         self._counter.labels(self._role, finished_reason).inc(amount)
 
 
+class FailedCounter:
+    """Counts requests that ended with an error, by its code."""
+
+    def __init__(self, counter: Counter, role: str) -> None:
+        """`counter` has the labels role and code."""
+        self._counter, self._role = counter, role
+
+    def inc(self, amount: float = 1, *, code: str) -> None:
+        """`code` is a gRPC status's name, such as UNAVAILABLE."""
+        self._counter.labels(self._role, code).inc(amount)
+
+
 class Metrics:
     """All metrics of one process. `role` is gateway, prefill or decode. Thread-safe, as prometheus_client is."""
 
@@ -98,6 +110,12 @@ class Metrics:
                 "Requests that ended without an error.",
                 ["role", "finished_reason"],
                 registry=self.registry,
+            ),
+            self.role,
+        )
+        self.request_failure = FailedCounter(
+            Counter(
+                "tandem_request_failure", "Requests that ended with an error.", ["role", "code"], registry=self.registry
             ),
             self.role,
         )

@@ -30,6 +30,7 @@ from tandem.service.tls import Tls
 _log = get_logger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MAX_HEALTH_BYTES = 4096
 FINAL_GRACE = 1.0
 """Seconds that streams get to send their last status after the drain."""
 
@@ -68,11 +69,13 @@ class ServerShell:
         tls: Tls | None = None,
         client_certificates: bool = True,
         admit: Admit | None = None,
+        health: str | None = None,
     ) -> None:
         """`listen` is HOST:PORT, port 0 for any. Raises ConfigError when it isn't. Call inside a running loop.
 
         `tls`: serve TLS, to clients with a certificate only unless `client_certificates` is False. `admit` is asked
-        before each RPC.
+        before each RPC. `health` is another HOST:PORT, where health alone is served, always in clear: those who probe
+        a process, such as Kubernetes, have no certificates.
         """
         self.role = role
         self._listen = addresses.parse(listen, flag="--listen")
@@ -81,6 +84,9 @@ class ServerShell:
             interceptors=[ErrorInterceptor(admit)], options=server_options(max_message_bytes)
         )
         self._health = Health()
+        self._health_listen = addresses.parse(health, flag="--health") if health is not None else None
+        self._health_server: grpc.aio.Server | None = None
+        self.health_address = ""
         self._stop = asyncio.Event()
         self._signals = 0
 
@@ -99,7 +105,25 @@ class ServerShell:
         except RuntimeError as exc:
             raise ConfigError(f"can't listen on {self._listen}: is the address right and the port free?") from exc
         await self.server.start()
+        if self._health_listen is not None:
+            await self._start_health(self._health_listen)
         return str(self._listen.with_port(port))
+
+    async def _start_health(self, listen: addresses.Address) -> None:
+        self._health_server = grpc.aio.server(options=server_options(MAX_HEALTH_BYTES))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
+        try:
+            port = self._health_server.add_insecure_port(str(listen))
+        except RuntimeError as exc:
+            raise ConfigError(f"--health: can't listen on {listen}: is the address right and the port free?") from exc
+        await self._health_server.start()
+        self.health_address = str(listen.with_port(port))
+
+    async def stop(self, grace: float) -> None:
+        """Ends both servers; calls get `grace` seconds to end. Idempotent."""
+        await self.server.stop(grace)
+        if self._health_server is not None:
+            await self._health_server.stop(0)
 
     def _add_port(self) -> int:
         if self._tls is None:
@@ -110,6 +134,10 @@ class ServerShell:
     def set_serving(self, serving: bool) -> None:
         """What grpc.health.v1 says for every service."""
         self._health.set_serving(serving)
+
+    def set_life(self, alive: Callable[[], bool]) -> None:
+        """What health says of "liveness", asked each time: false means that only a restart helps."""
+        self._health.alive = alive
 
     def request_stop(self) -> None:
         """What a signal does: the first asks for an orderly end, the second for an end at once."""
@@ -130,7 +158,7 @@ class ServerShell:
             _log.info("draining", grace_seconds=grace)
             self.set_serving(False)
             finished = await self._drain(drain, grace)
-            await self.server.stop(FINAL_GRACE if finished else 0)
+            await self.stop(FINAL_GRACE if finished else 0)
             return 0 if finished else 1
         finally:
             for number in STOP_SIGNALS:

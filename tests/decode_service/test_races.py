@@ -136,6 +136,20 @@ async def test_a_commit_behind_a_finish_does_not_fail_the_finished_request() -> 
         await rig.all_free()
 
 
+async def test_a_lease_that_outlives_its_request_is_seen() -> None:
+    """Blocks under a copy stay until it is over: for that moment, and if it never ended, they are an orphan's."""
+    async with running_rig() as rig:
+        call = await rig.call(record_of(9), local=False)
+        leases = rig.assembly.worker.leases
+        with leases.get(call.admitted.lease_id).copying(call.admitted.attempt):
+            assert (rig.value("tandem_leases"), rig.value("tandem_leases_orphaned")) == (1, 0)
+            call.call.cancel()
+            await eventually(lambda: rig.value("tandem_leases_orphaned") == 1)
+            assert rig.value("tandem_leases") == 1
+        await rig.all_free()
+        assert (rig.value("tandem_leases"), rig.value("tandem_leases_orphaned")) == (0, 0)
+
+
 async def test_a_retarget_after_a_local_start_changes_nothing() -> None:
     async with running_rig(num_blocks=256, pace=0.001) as rig:
         call = await rig.call(record_of(13, max_tokens=100), local=False)

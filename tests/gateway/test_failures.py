@@ -277,6 +277,8 @@ async def test_poison_request(cluster: Cluster, serve: Any) -> None:
         await front.collect(front.stream())
     assert caught.value.code() == grpc.StatusCode.INTERNAL
     assert from_rpc_error(caught.value).reason == "POISON_REQUEST"
+    registry = front.gateway.metrics.registry
+    assert registry.get_sample_value("tandem_request_failure_total", {"role": "gateway", "code": "INTERNAL"}) == 1
     assert sorted(len(worker.records) for worker in cluster.decode) == [0, 1, 1]
 
 

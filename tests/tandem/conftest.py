@@ -165,7 +165,7 @@ async def served() -> AsyncIterator[Callable[..., Any]]:
     yield start
     for shell, channel in open_things:
         await channel.close()
-        await shell.server.stop(0)
+        await shell.stop(0)
 
 
 WORKER = '''

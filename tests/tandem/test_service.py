@@ -226,6 +226,27 @@ async def test_health_watch_tells_each_change(served: Any) -> None:
     unknown.cancel()
 
 
+async def test_liveness_is_not_readiness(served: Any) -> None:
+    """A process that serves nothing, or no more, is alive until what it is made of says otherwise."""
+    shell, channel = await served(Raising())
+    check = health_pb2_grpc.HealthStub(channel).Check
+    question = health_pb2.HealthCheckRequest(service="liveness")
+    assert (await check(question)).status == health_pb2.HealthCheckResponse.SERVING
+    shell.set_life(lambda: False)
+    shell.set_serving(True)
+    assert (await check(question)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (await check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_taken_health_port_is_told(served: Any) -> None:
+    """With the flag's name: the process has three ports."""
+    shell, _channel = await served(Raising(), health="127.0.0.1:0")
+    again = server.ServerShell("x", "127.0.0.1:0", health=shell.health_address)
+    with pytest.raises(ConfigError, match="--health: can't listen on"):
+        await again.start()
+    await again.stop(0)
+
+
 async def test_reflection_lists_the_service(served: Any) -> None:
     """grpcurl works without proto files."""
     _shell, channel = await served(Raising())
@@ -234,6 +255,7 @@ async def test_reflection_lists_the_service(served: Any) -> None:
     answer = await stream.read()
     names = {service.name for service in answer.list_services_response.service}
     assert names >= {SERVICE, "grpc.health.v1.Health"}
+    assert "liveness" not in names
 
 
 async def test_unknown_method_is_incompatible(served: Any) -> None:

@@ -192,6 +192,13 @@ def test_hub_models_come_through_the_hub_client(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path / name))
     assert models.resolve_model("hub:org/name") == tmp_path / "org" / "name"
+    asked: list[str] = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: (asked.extend(allow_patterns), tmp_path)[1]
+    )
+    models.resolve_model("hub:org/name", weights=False)
+    assert "*.json" in asked
+    assert "*.safetensors" not in asked
 
     def offline(name: str, **options: Any) -> str:
         raise OSError("offline\nlong tale")

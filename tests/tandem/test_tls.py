@@ -101,6 +101,29 @@ async def test_another_role_is_denied_but_may_ask_for_health(authority: Authorit
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
+async def test_probes_without_certificates_have_a_port_of_their_own(authority: Authority) -> None:
+    """In clear, for health and nothing else, as long as the process serves."""
+    shell = ServerShell(
+        "decode", "127.0.0.1:0", tls=made(authority.issue("d", "tandem-decode"), "decode"), health="127.0.0.1:0"
+    )
+    servicer = Telling()
+    pb_grpc.add_InferenceServiceServicer_to_server(servicer, shell.server)
+    shell.add_service(SERVICE)
+    await shell.start()
+    async with grpc.aio.insecure_channel(shell.health_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == 2
+        shell.set_serving(True)
+        for name in ("", SERVICE, "liveness"):
+            assert (await health.Check(health_pb2.HealthCheckRequest(service=name))).status == 1
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pb_grpc.InferenceServiceStub(channel).Generate(pb.GenerateRequest())
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        await shell.stop(0)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await health.Check(health_pb2.HealthCheckRequest(), timeout=5)
+
+
 async def test_who_has_no_certificate_is_nobody(authority: Authority) -> None:
     """Where the server asks for none, a service for one role stays closed."""
     issued = authority.issue("d", "tandem-decode")
