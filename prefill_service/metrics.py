@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prefill_service.events import Load
 from prefill_service.scheduler import Scheduler
 from tandem.service.metrics import Metrics
@@ -16,6 +18,13 @@ class StepMetrics(metrics.StepMetrics):
         super().__init__(metrics)
         self._queued = metrics.gauge("queued_prefill_tokens", "Prompt tokens accepted and not yet computed.")
         self._sending = metrics.gauge("num_requests_sending", "Requests computed and held until the transfer is over.")
+
+    def watch_backlog(self, queued: Callable[[], int], rate: Callable[[], float]) -> None:
+        """Prompt tokens that wait and tokens computed a second (0: not measured yet), asked at each scrape."""
+        speed = self._metrics.gauge("prefill_tokens_per_second", "Prompt tokens computed a second in recent steps.")
+        backlog = self._metrics.gauge("queued_prefill_seconds", "Queued prompt tokens at that rate; 0 until measured.")
+        speed.set_function(rate)
+        backlog.set_function(lambda: queued() / measured if (measured := rate()) else 0.0)
 
     def observe(self, load: Load, scheduler: Scheduler) -> None:
         """Sets the gauges and adds what was counted since the last call."""

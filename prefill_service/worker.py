@@ -67,6 +67,8 @@ class PrefillWorker(Worker[Job]):
         self.engine = EngineLoop(
             "prefill-engine", scheduler, runner, on_events=self._on_events, on_load=self._on_load, metrics=metrics
         )
+        if metrics is not None:
+            metrics.watch_backlog(lambda: self.engine.load.queued_prefill_tokens, lambda: self.engine.prefill_rate)
         self._transports = dict(transports)
         self._sender = Sender(identity.incarnation, identity.model_id, identity.numerics_id, identity.layout)
         self._channels = Channels(tls=tls)

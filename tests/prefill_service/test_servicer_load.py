@@ -46,6 +46,22 @@ async def test_load_is_told_at_once_on_change_and_each_second() -> None:
         watch.cancel()
 
 
+async def test_backlog_is_told_in_seconds() -> None:
+    """What waits by the rate of recent steps; nothing is known before the first."""
+    async with serving(chunk=4) as rig:
+        engine = rig.assembly.worker.engine
+        rig.runner.hold()
+        call = asyncio.create_task(rig.prefill(rig.request(record_of(12, seed=1))))
+        await until(lambda: metric(rig.metrics, "tandem_queued_prefill_tokens") == 12)
+        assert metric(rig.metrics, "tandem_queued_prefill_seconds") == 0
+        rig.runner.permit()
+        await until(lambda: engine.load.queued_prefill_tokens == 8)
+        assert metric(rig.metrics, "tandem_prefill_tokens_per_second") == engine.prefill_rate > 0
+        assert metric(rig.metrics, "tandem_queued_prefill_seconds") == 8 / engine.prefill_rate
+        rig.runner.free()
+        await call
+
+
 async def test_load_is_told_at_most_twenty_times_a_second() -> None:
     async with serving() as rig:
         watch = rig.stub.WatchPrefillLoad(prefill_pb2.WatchPrefillLoadRequest())
