@@ -1,6 +1,6 @@
 # Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
 .DEFAULT_GOAL := help
-.PHONY: help setup run test exact chaos check bench bench-growth bench-transfer bench-peers gpu-check gpu-table clean
+.PHONY: help setup run test helm-test exact chaos check bench bench-growth bench-transfer bench-peers gpu-check gpu-table clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -13,6 +13,9 @@ run: setup ## start everything on this machine, ask the model a question, stay u
 
 test: setup ## all tests (no network, no GPU)
 	@exec scripts/test $(ARGS)
+
+helm-test: setup ## the chart: lint, golden files, schemas, rules, and its processes run as rendered (ARGS="-k golden")
+	@exec scripts/helm-test $(ARGS)
 
 exact: setup ## the same tokens in every way of running (the full matrix; hours on two cores)
 	@exec scripts/test tests/exact --exact-full -v --durations=0 -o log_cli=true -o log_cli_level=INFO $(ARGS)

@@ -1,0 +1,55 @@
+{{/* What the schema can't say, because it needs two values at once. */}}
+
+{{- define "tandem.checks" -}}
+{{- $values := .Values -}}
+{{- range $component := list "gateway" "prefill" "decode" -}}
+{{- $settings := index $values $component -}}
+{{- if lt (int $settings.drainSeconds) (int $values.longestGenerationSeconds) -}}
+{{- fail (printf "%s.drainSeconds is %d: a drain must outlast the longest request, longestGenerationSeconds %d" $component (int $settings.drainSeconds) (int $values.longestGenerationSeconds)) -}}
+{{- end -}}
+{{- if and (eq (toString $settings.rollout.maxSurge) "0") (eq (toString $settings.rollout.maxUnavailable) "0") -}}
+{{- fail (printf "%s.rollout: maxSurge and maxUnavailable can't both be 0" $component) -}}
+{{- end -}}
+{{- if and $values.tls.enabled (not (index $values.tls.secrets $component)) -}}
+{{- fail (printf "tls.secrets.%s is empty: with tls.enabled every service needs a certificate" $component) -}}
+{{- end -}}
+{{- end -}}
+{{- range $component := list "prefill" "decode" -}}
+{{- $scaling := (index $values $component).autoscaling -}}
+{{- if gt (int $scaling.minReplicas) (int $scaling.maxReplicas) -}}
+{{- fail (printf "%s.autoscaling: minReplicas is above maxReplicas" $component) -}}
+{{- end -}}
+{{- if and (eq $scaling.mode "hpa") (not $values.monitoring.rules.enabled) -}}
+{{- fail (printf "%s.autoscaling.mode hpa scales on recording rules: set monitoring.rules.enabled" $component) -}}
+{{- end -}}
+{{- end -}}
+{{- include "tandem.checkModel" . -}}
+{{- include "tandem.checkAccess" . -}}
+{{- end -}}
+
+{{- define "tandem.checkModel" -}}
+{{- with .Values.model -}}
+{{- $needed := dict "hub" .hub.repository "pvc" .pvc.claimName "image" .image.reference "hostPath" .hostPath.path -}}
+{{- $names := dict "hub" "hub.repository" "pvc" "pvc.claimName" "image" "image.reference" "hostPath" "hostPath.path" -}}
+{{- if and (hasKey $needed .source) (not (get $needed .source)) -}}
+{{- fail (printf "model.%s is empty: model.source %s needs it" (get $names .source) .source) -}}
+{{- end -}}
+{{- if and (eq .source "image") (semverCompare "<1.33.0-0" $.Capabilities.KubeVersion.Version) -}}
+{{- fail (printf "model.source image needs Kubernetes 1.33 or later, this is %s" $.Capabilities.KubeVersion.Version) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tandem.checkAccess" -}}
+{{- with .Values -}}
+{{- if and .tls.clientCertificates (not .tls.enabled) -}}
+{{- fail "tls.clientCertificates needs tls.enabled" -}}
+{{- end -}}
+{{- if and .route.enabled (not .route.parentRefs) -}}
+{{- fail "route.parentRefs is empty: name the Gateways that the route belongs to" -}}
+{{- end -}}
+{{- if and .ingress.enabled (or (not .ingress.hosts) (not .ingress.tlsSecret)) -}}
+{{- fail "ingress.hosts and ingress.tlsSecret are needed: gRPC through an Ingress is HTTP/2 over TLS" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

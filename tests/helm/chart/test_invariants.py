@@ -1,0 +1,252 @@
+"""What must hold of every example, and what the chart refuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chart_files import EXAMPLES
+from chart_tools import RELEASE, flags_of, named, objects, of_kind, pod_specs, rendered, template
+
+EVERY_EXAMPLE = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+SERVICES = ("gateway", "prefill", "decode")
+
+
+def deployments(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = of_kind(documents, "Deployment")
+    assert len(found) == len(SERVICES)
+    return found
+
+
+def labels_of_pods(documents: list[dict[str, Any]]) -> list[dict[str, str]]:
+    pods = [one["metadata"]["labels"] for one in of_kind(documents, "Pod")]
+    return [one["spec"]["template"]["metadata"]["labels"] for one in deployments(documents)] + pods
+
+
+@EVERY_EXAMPLE
+def test_replicas_or_a_scaler_never_both(example: Path) -> None:
+    """Server-side apply would fight the scaler over the field."""
+    documents = objects(rendered(example))
+    scaled = [
+        one["spec"]["scaleTargetRef"]["name"] for one in of_kind(documents, "HorizontalPodAutoscaler", "ScaledObject")
+    ]
+    assert len(scaled) == len(set(scaled))
+    for one in deployments(documents):
+        assert ("replicas" in one["spec"]) != (one["metadata"]["name"] in scaled)
+
+
+@EVERY_EXAMPLE
+def test_selectors_of_two_releases_do_not_meet(example: Path) -> None:
+    ours, theirs = objects(rendered(example)), objects(rendered(example, release="other"))
+    for one in of_kind(ours, "Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor"):
+        selector = one["spec"].get("selector") or one["spec"].get("podSelector")
+        wanted = selector.get("matchLabels", selector)
+        chosen = [labels for labels in labels_of_pods(ours) if wanted.items() <= labels.items()]
+        assert len(chosen) == (3 if one["kind"] == "PodMonitor" else 1) or one["kind"] == "PodMonitor"
+        assert chosen
+        assert [labels for labels in labels_of_pods(theirs) if wanted.items() <= labels.items()] == []
+    names = {(one["kind"], one["metadata"]["name"]) for one in ours}
+    assert not names & {(one["kind"], one["metadata"]["name"]) for one in theirs}
+
+
+@EVERY_EXAMPLE
+def test_every_port_that_is_named_exists(example: Path) -> None:
+    documents = objects(rendered(example))
+    ports = {}
+    for one in deployments(documents):
+        (container,) = one["spec"]["template"]["spec"]["containers"]
+        ports[one["metadata"]["labels"]["app.kubernetes.io/component"]] = {
+            port["name"]: port["containerPort"] for port in container["ports"]
+        }
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert (
+                container[probe]["grpc"]["port"]
+                in ports[one["metadata"]["labels"]["app.kubernetes.io/component"]].values()
+            )
+    for one in of_kind(documents, "Service"):
+        component = one["spec"]["selector"]["app.kubernetes.io/component"]
+        for port in one["spec"]["ports"]:
+            assert ports[component][port["targetPort"]] == port["port"]
+    for one in of_kind(documents, "NetworkPolicy"):
+        component = one["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]
+        for rule in one["spec"]["ingress"]:
+            assert {port["port"] for port in rule.get("ports", ())} <= ports[component].keys()
+    for one in of_kind(documents, "PodMonitor"):
+        assert all(end["port"] in names for end in one["spec"]["podMetricsEndpoints"] for names in ports.values())
+    services = {
+        (one["metadata"]["name"], port["port"])
+        for one in of_kind(documents, "Service")
+        for port in one["spec"]["ports"]
+    }
+    for one in of_kind(documents, "GRPCRoute", "HTTPRoute"):
+        backends = [(end["name"], end["port"]) for rule in one["spec"]["rules"] for end in rule["backendRefs"]]
+        assert set(backends) <= services
+
+
+@EVERY_EXAMPLE
+def test_flags_bind_the_ports_of_the_container(example: Path) -> None:
+    for _, spec in pod_specs(deployments(objects(rendered(example)))):
+        (container,) = spec["containers"]
+        flags = flags_of(container)
+        bound = {flags["--listen"], flags["--health"], flags.get("--metrics") or flags["--http"]}
+        assert bound == {f"0.0.0.0:{port['containerPort']}" for port in container["ports"]}
+
+
+@EVERY_EXAMPLE
+def test_the_grace_outlasts_drain_and_prestop(example: Path) -> None:
+    documents = objects(rendered(example))
+    (timeout,) = {
+        flags_of(spec["containers"][0])["--default-timeout"]
+        for name, spec in pod_specs(documents)
+        if name.endswith("-gateway")
+    }
+    for _, spec in pod_specs(deployments(documents)):
+        (container,) = spec["containers"]
+        drain = int(flags_of(container)["--drain-grace"])
+        (command, seconds) = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == "sleep"
+        assert drain >= int(timeout)
+        assert spec["terminationGracePeriodSeconds"] > drain + int(seconds) + 5
+
+
+@EVERY_EXAMPLE
+def test_probes_wait_for_the_model_and_not_for_the_dead(example: Path) -> None:
+    for name, spec in pod_specs(deployments(objects(rendered(example)))):
+        (container,) = spec["containers"]
+        startup = container["startupProbe"]
+        assert startup["periodSeconds"] * startup["failureThreshold"] >= (120 if name.endswith("-gateway") else 1800)
+        assert container["readinessProbe"]["grpc"]["service"] == ""
+        assert container["livenessProbe"]["grpc"]["service"] == "liveness"
+
+
+@EVERY_EXAMPLE
+def test_secrets_come_by_reference_alone(example: Path) -> None:
+    documents = objects(rendered(example))
+    assert of_kind(documents, "Secret") == []
+    for _, spec in pod_specs(documents):
+        for container in spec["containers"]:
+            for variable in container["env"]:
+                if re.search("TOKEN|KEY|SECRET|PASSWORD", variable["name"]):
+                    assert "secretKeyRef" in variable["valueFrom"]
+                    assert "value" not in variable
+
+
+@EVERY_EXAMPLE
+def test_every_pod_is_restricted(example: Path) -> None:
+    """The restricted pod security standard, and a read-only root besides."""
+    for name, spec in pod_specs(objects(rendered(example))):
+        pod = spec["securityContext"]
+        assert pod["runAsNonRoot"] is True
+        assert pod["runAsUser"] > 0
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not any(spec.get(field) for field in ("hostNetwork", "hostPID", "hostIPC"))
+        for container in [*spec["containers"], *spec.get("initContainers", ())]:
+            security = container["securityContext"]
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            assert security["readOnlyRootFilesystem"] is True
+            assert container["resources"]["limits"]["memory"], name
+            assert container["resources"]["requests"]["cpu"], name
+        allowed = {"emptyDir", "secret", "persistentVolumeClaim", "configMap", "image"}
+        assert all(set(volume) - {"name"} <= allowed for volume in spec["volumes"])
+        mounted = {mount["name"] for container in spec["containers"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in spec["volumes"]}
+
+
+@EVERY_EXAMPLE
+def test_only_who_must_reaches_a_worker(example: Path) -> None:
+    documents = objects(rendered(example))
+    for component, other in (("prefill", "decode"), ("decode", "prefill")):
+        policy = named(documents, "NetworkPolicy", f"-{component}")
+        for rule in policy["spec"]["ingress"]:
+            if {"port": "metrics"} in rule.get("ports", ()):
+                continue
+            callers = [peer["podSelector"]["matchLabels"] for peer in rule["from"]]
+            assert {one["app.kubernetes.io/component"] for one in callers} <= {"gateway", other}
+            assert all(one["app.kubernetes.io/instance"] == RELEASE for one in callers)
+
+
+@EVERY_EXAMPLE
+def test_a_token_is_mounted_only_for_watching(example: Path) -> None:
+    documents = objects(rendered(example))
+    roles = of_kind(documents, "Role")
+    for name, spec in pod_specs(documents):
+        watches = name.endswith("-gateway") and bool(roles)
+        assert spec["automountServiceAccountToken"] is watches
+    for role in roles:
+        assert role["rules"] == [
+            {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}
+        ]
+    accounts = {one["metadata"]["name"] for one in of_kind(documents, "ServiceAccount")}
+    assert {spec["serviceAccountName"] for _, spec in pod_specs(documents)} <= accounts
+
+
+def test_both_roles_are_one_template() -> None:
+    """With the same values a prefill worker is a decode worker but for its names."""
+    documents = objects(rendered())
+    texts = [str(named(documents, "Deployment", f"-{role}")).replace(role, "ROLE") for role in ("prefill", "decode")]
+    assert texts[0] == texts[1]
+
+
+def test_a_selector_is_filled_into_the_spread() -> None:
+    for one in deployments(objects(rendered())):
+        (spread,) = one["spec"]["template"]["spec"]["topologySpreadConstraints"]
+        assert spread["labelSelector"] == one["spec"]["selector"]
+
+
+def test_devices_are_requested_and_limited() -> None:
+    example = next(path for path in EXAMPLES if path.stem == "rdma-values")
+    for role in ("prefill", "decode"):
+        spec = named(objects(rendered(example)), "Deployment", f"-{role}")["spec"]["template"]["spec"]
+        for kind in ("requests", "limits"):
+            resources = spec["containers"][0]["resources"][kind]
+            assert (resources["nvidia.com/gpu"], resources["rdma/hca_shared_devices_a"]) == (8, 8)
+        (shm,) = [volume for volume in spec["volumes"] if volume["name"] == "shm"]
+        assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "32Gi"}
+
+
+def test_an_image_can_hold_the_model() -> None:
+    settings = ("model.source=image", "model.image.reference=registry.example/model:1", "model.path=weights")
+    (_, spec), *_ = pod_specs(objects(rendered(None, *settings)))
+    assert {"name": "model", "image": {"reference": "registry.example/model:1", "pullPolicy": "IfNotPresent"}} in spec[
+        "volumes"
+    ]
+    assert flags_of(spec["containers"][0])["--model"] == "/model/weights"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["decode.drainSeconds=30"], "decode.drainSeconds is 30: a drain must outlast the longest request"),
+        (["longestGenerationSeconds=3600"], "drainSeconds"),
+        (["prefill.replica=2"], "replica"),
+        (["prefill.autoscaling.mode=vpa"], "mode"),
+        (["prefill.autoscaling.mode=hpa"], "monitoring.rules.enabled"),
+        (["prefill.autoscaling.mode=keda", "prefill.autoscaling.minReplicas=9"], "minReplicas is above maxReplicas"),
+        (["prefill.rollout.maxSurge=0"], "can't both be 0"),
+        (["tls.enabled=true"], "tls.secrets.gateway is empty"),
+        (["tls.clientCertificates=true"], "needs tls.enabled"),
+        (["model.source=hub"], "model.hub.repository is empty"),
+        (["model.source=pvc"], "model.pvc.claimName is empty"),
+        (["model.path=../etc"], "path"),
+        (["route.enabled=true"], "route.parentRefs is empty"),
+        (["ingress.enabled=true"], "ingress.hosts and ingress.tlsSecret"),
+        (["monitoring.rules.ttftLimitSeconds=3"], "ttftLimitSeconds"),
+        (["decode.topologySpreadConstraints[0].labelSelector.matchLabels.a=b"], "topologySpreadConstraints"),
+        (["runAsUser=0"], "runAsUser"),
+    ],
+)
+@pytest.mark.parametrize("major", ["3", "4"])
+def test_what_is_refused(settings: list[str], words: str, major: str) -> None:
+    """Before anything reaches a cluster, with the value's name."""
+    done = template(None, *settings, major=major)
+    assert done.returncode != 0
+    assert words in done.stderr
+
+
+def test_old_clusters_are_refused() -> None:
+    assert "kubeVersion" in template(None, kube="1.28").stderr
+    settings = ("model.source=image", "model.image.reference=registry.example/model:1")
+    assert "needs Kubernetes 1.33" in template(None, *settings, kube="1.29").stderr
