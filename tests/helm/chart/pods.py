@@ -1,0 +1,193 @@
+"""Pods of the rendered chart as processes on this machine, with exactly their commands, args, env and mounts.
+
+What a cluster would give, and what stands for it here:
+
+| in the cluster | here |
+|---|---|
+| a pod's address, and all its interfaces (0.0.0.0) | a loopback address of its own, so that ports stay as they are |
+| a Service's DNS name | the address of its one pod |
+| `python` of the image | the Python that runs the tests |
+| a mounted folder | a temporary folder, by its path in args and env |
+| a Secret | files and texts that the test gives |
+| the kubelet | this file: probes, preStop, SIGTERM, grace |
+
+With TANDEM_IMAGE set they are containers of that image, run by podman (PODMAN: its command with flags) as the rendered
+user, with no capability and a read-only root; mounts, names and `python` are then the rendered ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[3]
+IMAGE = os.environ.get("TANDEM_IMAGE", "")
+PODMAN = shlex.split(os.environ.get("PODMAN", "podman"))
+
+
+@dataclass
+class Pod:
+    """One pod with its one container, from its rendered spec."""
+
+    name: str
+    spec: Mapping[str, Any]
+    addresses: Mapping[str, str]
+    """Of each component; this pod's by its container's name."""
+    folder: Path
+    secrets: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
+    """Contents by Secret and key."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Addresses by the DNS names of Services."""
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def container(self) -> Mapping[str, Any]:
+        """Its only one."""
+        (container,) = self.spec["containers"]
+        return container
+
+    @property
+    def address(self) -> str:
+        """Its own; the test pod has none."""
+        return self.addresses.get(self.container["name"], "")
+
+    def mounts(self) -> dict[str, Path]:
+        """Folders by mount path, filled where a Secret says with what. /dev/shm and /tmp stay the machine's."""
+        volumes = {volume["name"]: volume for volume in self.spec["volumes"]}
+        found = {}
+        for mount in self.container["volumeMounts"]:
+            if mount["mountPath"] in ("/dev/shm", "/tmp"):
+                continue
+            folder = self.folder / mount["name"]
+            folder.mkdir(exist_ok=True)
+            found[mount["mountPath"]] = folder
+            if "secret" in volumes[mount["name"]]:
+                self._fill(folder, volumes[mount["name"]]["secret"])
+        return found
+
+    def _fill(self, folder: Path, source: Mapping[str, Any]) -> None:
+        contents = self.secrets[source["secretName"]]
+        for key in [item["key"] for item in source.get("items", ())] or contents:
+            (folder / key).write_bytes(contents[key])
+            (folder / key).chmod(source["defaultMode"])
+
+    def here(self, text: str) -> str:
+        """A rendered argument or value as it must be on this machine."""
+        text = text.replace("0.0.0.0", self.address)
+        if IMAGE:
+            return text
+        for name, address in self.names.items():
+            text = text.replace(name, address)
+        for path, folder in self.mounts().items():
+            text = re.sub(rf"(^|=){re.escape(path)}(?=/|$)", rf"\g<1>{folder}", text)
+        return text
+
+    def command(self) -> list[str]:
+        """What is started."""
+        words = [*self.container["command"], *map(self.here, self.container.get("args", ()))]
+        assert words[0] == "python"
+        return [*self._run(), *words] if IMAGE else [sys.executable, *words[1:]]
+
+    def _run(self) -> list[str]:
+        """`podman run` up to the image, as the container's and the pod's security contexts say."""
+        user, security = self.spec["securityContext"], self.container["securityContext"]
+        assert security["readOnlyRootFilesystem"]
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert not security["allowPrivilegeEscalation"]
+        flags = ["--rm", "--name", self.name, "--network", "host", "--read-only", "--read-only-tmpfs=false"]
+        flags += ["--cap-drop", "all", "--security-opt", "no-new-privileges"]
+        flags += ["--user", f"{user['runAsUser']}:{user['runAsGroup']}", "--tmpfs", "/tmp"]
+        for path, folder in self.mounts().items():
+            shutil.chown(folder, user["runAsUser"], user["fsGroup"])
+            for file in folder.rglob("*"):
+                shutil.chown(file, user["runAsUser"], user["fsGroup"])
+            flags += ["--volume", f"{folder}:{path}"]
+        for name, value in self.environment().items():
+            flags += ["--env", f"{name}={value}"]
+        for name, address in self.names.items():
+            flags += ["--add-host", f"{name}:{address}"]
+        return [*PODMAN, "run", *flags, IMAGE]
+
+    def environment(self) -> dict[str, str]:
+        """The container's, and of this machine's only what processes can't be without."""
+        kept = {} if IMAGE else {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        for variable in self.container["env"]:
+            if "value" in variable:
+                kept[variable["name"]] = self.here(variable["value"])
+            else:
+                reference = variable["valueFrom"]["secretKeyRef"]
+                kept[variable["name"]] = self.secrets[reference["name"]][reference["key"]].decode()
+        return kept
+
+    def start(self) -> None:
+        """Runs the container's command; its output goes to a file of its folder."""
+        environment = None if IMAGE else self.environment()
+        with (self.folder / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                self.command(), env=environment, cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+
+    def log(self) -> str:
+        """What it wrote."""
+        return (self.folder / "log").read_text("utf-8")
+
+    def probe(self, name: str) -> bool:
+        """One look, as the kubelet takes it: gRPC health over a plain connection, within the probe's timeout."""
+        probe = self.container[name]
+        question = health_pb2.HealthCheckRequest(service=probe["grpc"]["service"])
+        with grpc.insecure_channel(f"{self.address}:{probe['grpc']['port']}") as channel:
+            try:
+                answer = health_pb2_grpc.HealthStub(channel).Check(question, timeout=probe["timeoutSeconds"])
+            except grpc.RpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def await_probe(self, name: str, seconds: float = 120) -> None:
+        """Probes until it passes; within the time that the probe itself would give, and no longer than `seconds`."""
+        probe = self.container[name]
+        limit = min(seconds, probe["periodSeconds"] * probe["failureThreshold"]) if name == "startupProbe" else seconds
+        self.until(lambda: self.probe(name), limit)
+
+    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """Raises AssertionError with the log when it takes too long or the process ends."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process is not None
+            assert self.process.poll() is None, f"{self.name} has ended: {self.log()}"
+            assert time.monotonic() < end, f"{self.name}: waited in vain: {self.log()[-2000:]}"
+            time.sleep(0.1)
+
+    def terminate(self) -> None:
+        """preStop, then SIGTERM, as the kubelet does; the kill at the end of the grace is `await_end`'s."""
+        assert self.process is not None
+        hook = list(map(self.here, self.container["lifecycle"]["preStop"]["exec"]["command"]))
+        if IMAGE:
+            hook = [*PODMAN, "exec", self.name, *hook]
+        subprocess.run(hook, check=True, timeout=self.spec["terminationGracePeriodSeconds"])
+        self.process.send_signal(signal.SIGTERM)
+
+    def await_end(self) -> int:
+        """The exit code. Raises TimeoutExpired when the grace is over."""
+        assert self.process is not None
+        return self.process.wait(self.spec["terminationGracePeriodSeconds"])
+
+    def kill(self) -> None:
+        """Leaves nothing behind."""
+        if self.process is not None and self.process.poll() is None:
+            if IMAGE:
+                subprocess.run([*PODMAN, "rm", "-f", self.name], check=False, capture_output=True)
+            self.process.kill()
+            self.process.wait()
