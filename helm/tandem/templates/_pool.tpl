@@ -62,9 +62,9 @@ imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 command: [python, -m, {{ .component }}_service]
 args:
   - --model={{ include "tandem.model" .root }}
-  - --listen=0.0.0.0:7001
-  - --health=0.0.0.0:7002
-  - --metrics=0.0.0.0:9401
+  - --listen={{ .root.Values.bindAddress }}:7001
+  - --health={{ .root.Values.bindAddress }}:7002
+  - --metrics={{ .root.Values.bindAddress }}:9401
   - --compute={{ .root.Values.engine.compute }}
   - --dtype={{ .root.Values.engine.dtype }}
   - --kv-dtype={{ .root.Values.engine.kvDtype }}

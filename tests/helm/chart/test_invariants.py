@@ -94,6 +94,13 @@ def test_flags_bind_the_ports_of_the_container(example: Path) -> None:
         assert bound == {f"0.0.0.0:{port['containerPort']}" for port in container["ports"]}
 
 
+def test_ipv6_binds_everything() -> None:
+    for _, spec in pod_specs(deployments(objects(rendered(None, "bindAddress=[::]")))):
+        flags = flags_of(spec["containers"][0])
+        bound = [flags["--listen"], flags["--health"], flags.get("--metrics") or flags["--http"]]
+        assert [address.rpartition(":")[0] for address in bound] == ["[::]"] * 3
+
+
 @EVERY_EXAMPLE
 def test_the_grace_outlasts_drain_and_prestop(example: Path) -> None:
     documents = objects(rendered(example))
