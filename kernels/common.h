@@ -158,6 +158,22 @@ static inline float bf16_to_float(uint16_t bits) {
     return out;
 }
 
+static inline float half_to_float(uint16_t bits) {
+#if defined(__F16C__)
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+#else
+    const uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, fraction = bits & 0x3FFu;
+    if (exponent == 0) {
+        const float value = (float)fraction * 5.9604644775390625e-8f;  // 2^-24
+        return sign ? -value : value;
+    }
+    const uint32_t wide = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112u) << 23) | fraction << 13;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+#endif
+}
+
 // Round to nearest even, as torch does; a NaN stays a NaN.
 static inline uint16_t float_to_bf16(float value) {
     uint32_t bits;

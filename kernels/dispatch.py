@@ -31,6 +31,7 @@ SOURCES = (
     "activation.cpp",
     "attention.cpp",
     "blocks.cpp",
+    "coded.cpp",
     "embedding.cpp",
     "int8.cpp",
     "linear.cpp",

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
+from engine.models.coded import CodedParts
 from engine.models.embedding import TableEmbedding, TiedEmbedding
 from engine.models.rope import rope_tables
 from engine.models.tensors import EMBEDDING, HEAD, TensorSource, load_side_by_side, most_bytes
-from engine.models.transformer import Embedding, Layer, Linear, Model, Progress
+from engine.models.transformer import Embedding, Layer, Linear, Model, Product, Progress
 from engine.weights.checkpoint import Checkpoint
+from kernels.coded import CodedLinear, pack_coded
 from kernels.linear import PackedLinear, pack_linear, panel_bytes
 from kernels.memory import Arena
 
@@ -67,23 +69,39 @@ class _Loader:
             window=config.layer_window(index),
         )
 
-    def _embedding_and_head(self) -> tuple[Embedding, Linear]:
+    def _embedding_and_head(self) -> tuple[Embedding, Product]:
         shape = (self._config.vocab_size, self._config.hidden_size)
-        tied = self._config.tie_embeddings
-        head = Linear(self._pack([EMBEDDING if tied else HEAD], [shape]))
-        if tied:
+        if self._config.tie_embeddings:
+            tied = Linear(self._pack([EMBEDDING], [shape]))
             self._source.use(HEAD)
-            return TiedEmbedding(head.packed), head
+            return TiedEmbedding(tied.packed), tied
+        head = self._product([HEAD], [shape], None)
         table = self._cast(self._source.take(EMBEDDING, shape)).clone()
         self._source.release(EMBEDDING)
         return TableEmbedding(table), head
 
-    def _linear(self, at: str, outputs: dict[str, int], inputs: int, with_bias: bool) -> Linear:
+    def _linear(self, at: str, outputs: dict[str, int], inputs: int, with_bias: bool) -> Product:
         """The product of all `outputs` (part -> rows) fused, with their biases fused likewise."""
-        packed = self._pack([f"{at}.{part}.weight" for part in outputs], [(n, inputs) for n in outputs.values()])
-        if not with_bias:
-            return Linear(packed)
-        return Linear(packed, torch.cat([self._source.vector(f"{at}.{part}.bias", n) for part, n in outputs.items()]))
+        vector, bias = self._source.vector, None
+        if with_bias:
+            bias = torch.cat([vector(f"{at}.{part}.bias", n) for part, n in outputs.items()])
+        return self._product([f"{at}.{part}.weight" for part in outputs], [(n, inputs) for n in outputs.values()], bias)
+
+    def _product(self, names: Sequence[str], shapes: Sequence[tuple[int, int]], bias: Tensor | None) -> Product:
+        """One weight where all parts are plain numbers, else a part each."""
+        parts = [self._coded(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        if all(part is None for part in parts):
+            return Linear(self._pack(names, shapes), bias)
+        each = zip(parts, names, shapes, strict=True)
+        return CodedParts([self._pack([name], [shape]) if part is None else part for part, name, shape in each], bias)
+
+    def _coded(self, name: str, shape: tuple[int, int]) -> CodedLinear | None:
+        weights = self._source.coded(name, shape)
+        if weights is None:
+            return None
+        packed = pack_coded(weights)
+        self._source.release(name)
+        return packed
 
     def _pack(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> PackedLinear:
         parts = [self._cast(self._source.take(name, shape)) for name, shape in zip(names, shapes, strict=True)]

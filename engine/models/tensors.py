@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.models.transformer import Progress
 from engine.weights.checkpoint import Checkpoint
+from kernels.coded import CodedWeights
 from kernels.int8 import GroupWeights
 from kernels.memory import ALIGNMENT
 from tandem.errors import ModelFormatError
@@ -122,6 +123,11 @@ class TensorSource:
             more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
             architecture = self._checkpoint.config.architecture
             raise ModelFormatError(f"{self._path}: {architecture} has no use for tensor {unused[0]}{more}")
+
+    def coded(self, name: str, shape: tuple[int, int]) -> CodedWeights | None:
+        """The tensor's own codes, whatever their format; None: `take` it."""
+        self._check(name, shape)
+        return self._checkpoint.coded(name)
 
     def codes(self, name: str, shape: tuple[int, int]) -> GroupWeights | None:
         """The tensor's own codes, where the file holds such as `kernels.int8` takes; None: `take` it."""

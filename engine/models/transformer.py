@@ -40,6 +40,17 @@ class Embedding(Protocol):
         """int64 [T] -> float32 [T, W]."""
 
 
+class Product(Protocol):
+    """A weight [N, K] with its bias, however it is held."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [T, K] -> float32 [T, N]."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
     """A packed weight [N, K] with its bias float32 [N] or None."""
@@ -62,13 +73,13 @@ class Layer:
     """The weights of one layer; norms are float32 [W], head norms float32 [D] or None."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Product
     query_norm: Tensor | None
     key_norm: Tensor | None
-    output: Linear
+    output: Product
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Product
+    down: Product
     window: int | None
     """Sliding window in tokens; None: the layer sees everything."""
 
@@ -88,7 +99,7 @@ class Model:
     embedding: Embedding
     layers: Sequence[Layer]
     final_norm: Tensor
-    head: Linear
+    head: Product
     cos: Tensor
     """float32 [max positions, rotary_dim / 2], beside `sin`."""
     sin: Tensor

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig, RopeConfig
 from engine.weights.fields import MAX_SIZE
+from kernels.coded import CodedWeights
 from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
@@ -46,6 +47,10 @@ class Checkpoint(Protocol):
     def files(self) -> Sequence[Path]:
         """Every file that the model is read from."""
 
+    @property
+    def coding(self) -> str:
+        """What the stored bytes mean where their types don't say: part of the model's identity. Mostly empty."""
+
     def names(self) -> Sequence[str]:
         """All tensors, sorted."""
 
@@ -57,6 +62,9 @@ class Checkpoint(Protocol):
 
         Raises ModelFormatError when it is missing or of a type that is not supported.
         """
+
+    def coded(self, name: str) -> CodedWeights | None:
+        """The matrix as the codes that the file holds, for `kernels.coded`; None where it is plain numbers."""
 
     def codes(self, name: str) -> GroupWeights | None:
         """The matrix as the codes that the file holds; None when its type has none that `kernels.int8` takes."""
@@ -77,12 +85,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises ModelFormatError: missing, truncated, not a model, of an unknown architecture or type.
     """
     # Late imports: the two formats import this module for the protocol.
+    from engine.weights.folder import open_folder
     from engine.weights.gguf import GgufCheckpoint
-    from engine.weights.safetensors import SafetensorsCheckpoint
 
     where = Path(path).expanduser()
     if where.is_dir():
-        return SafetensorsCheckpoint(where)
+        return open_folder(where)
     if not where.exists():
         raise ModelFormatError(f"{where}: no such file or folder")
     if not where.is_file():

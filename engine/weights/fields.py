@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -9,6 +10,8 @@ from typing import Final
 from tandem.errors import ModelFormatError
 
 MAX_SIZE: Final = 1 << 31
+MAX_EXPRESSION: Final = 1000
+"""Characters."""
 MAX_NUMBER: Final = 1e30
 """Finite in float32, and products of a few stay finite in float64."""
 
@@ -65,6 +68,29 @@ class Fields:
     def optional_number(self, key: str) -> float | None:
         """As `number`; None when it is missing."""
         return None if self.get(key) is None else self.number(key)
+
+    def sides(self, key: str) -> tuple[int, int] | None:
+        """Two integers over 0, as a list or as "128x128"; None when it is missing."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if isinstance(value, str) and re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", value):
+            value = [int(side) for side in value.split("x")]
+        if isinstance(value, list) and len(value) == 2:
+            first, second = value
+            if type(first) is int and type(second) is int and min(value) > 0:
+                return first, second
+        raise self.error(key, f"must be two integers over 0, not {_shown(value)}")
+
+    def expression(self, key: str, text: str) -> str:
+        """`text` of `key`, when it is a regular expression."""
+        try:
+            if len(text) > MAX_EXPRESSION:
+                raise ValueError(f"longer than {MAX_EXPRESSION} characters")
+            re.compile(text)
+        except (re.error, ValueError) as error:
+            raise self.error(key, f"{_shown(text)} is no regular expression: {error}") from None
+        return text
 
     def boolean(self, key: str, default: bool) -> bool:
         """True or false."""

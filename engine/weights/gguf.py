@@ -26,6 +26,7 @@ from engine.weights.gguf_codes import group_weights
 from engine.weights.gguf_config import gguf_model_config
 from engine.weights.gguf_header import Header, TensorEntry, read_header
 from engine.weights.mapping import MappedFile
+from kernels.coded import CodedWeights
 from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
@@ -85,6 +86,11 @@ class GgufCheckpoint:
         """The file."""
         return (self._file.path,)
 
+    @property
+    def coding(self) -> str:
+        """Nothing: types say all."""
+        return ""
+
     def names(self) -> Sequence[str]:
         """All tensors' Hugging Face names, sorted."""
         return sorted(self._entries)
@@ -103,6 +109,10 @@ class GgufCheckpoint:
         tensor = _dequantize(self._packed(name, entry), entry)
         self._file.drop(entry.start, entry.length)
         return tensor
+
+    def coded(self, name: str) -> CodedWeights | None:
+        """None: with compute exact GGUF's types are dequantised."""
+        return None
 
     def codes(self, name: str) -> GroupWeights | None:
         """The matrix's codes, as new memory; None for types that `gguf_codes` doesn't know."""

@@ -84,10 +84,6 @@ def _architecture(fields: Fields) -> Architecture:
 
 def _refuse_variants(fields: Fields) -> None:
     """What the transformer here does not compute."""
-    if fields.get("quantization_config") is not None:
-        raise fields.error(
-            "quantization_config", "quantised safetensors are not supported; use GGUF for quantised models"
-        )
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.error("hidden_act", f"{activation!r} is not supported; known: silu")

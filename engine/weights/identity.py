@@ -50,6 +50,7 @@ def checkpoint_id(checkpoint: Checkpoint) -> str:
 def _digest(checkpoint: Checkpoint) -> str:
     """SHA-256 over the shape and every tensor's own digest, on a few threads (hashlib releases the GIL)."""
     total = hashlib.sha256(_config_bytes(checkpoint.config))
+    total.update(checkpoint.coding.encode())
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for tensor, digest in pool.map(_digest_tensor, checkpoint.stored()):
             total.update(f"{tensor.name}:{tensor.type}:{tensor.shape}:".encode())
@@ -81,6 +82,7 @@ def _files_key(checkpoint: Checkpoint) -> str:
         facts.append([str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino])
     key = hashlib.sha256(json.dumps(facts).encode())
     key.update(_config_bytes(checkpoint.config))
+    key.update(checkpoint.coding.encode())
     return key.hexdigest()[:32]
 
 

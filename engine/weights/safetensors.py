@@ -22,6 +22,7 @@ from engine.config import ModelConfig
 from engine.weights.checkpoint import PICKLE_REFUSED, StoredTensor, check_config
 from engine.weights.hf_config import hf_model_config, read_json
 from engine.weights.mapping import MappedFile
+from kernels.coded import CodedWeights
 from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
@@ -32,6 +33,15 @@ MAX_SHARDS: Final = 4096
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
 DTYPES: Final[Mapping[str, torch.dtype]] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+RAW_DTYPES: Final[Mapping[str, torch.dtype]] = {
+    **DTYPES,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""Types that quantising tools write too."""
 _NAMES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -59,6 +69,7 @@ class SafetensorsCheckpoint:
                 raise ModelFormatError(_not_a_model(folder))
             for path in _weight_files(folder):
                 self._add(path)
+            self._check_index()
             config = check_config(hf_model_config(folder, self._commonest_dtype()), folder)
             self._config = replace(config, tie_embeddings=config.tie_embeddings and not self._has_own_head())
         except BaseException:
@@ -69,6 +80,16 @@ class SafetensorsCheckpoint:
     def config(self) -> ModelConfig:
         """The model's shape."""
         return self._config
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self._folder
+
+    @property
+    def coding(self) -> str:
+        """Nothing: types say all."""
+        return ""
 
     @property
     def files(self) -> Sequence[Path]:
@@ -88,13 +109,27 @@ class SafetensorsCheckpoint:
         """The tensor: float32 or bfloat16 as a view of the map, float16 as new float32 memory."""
         entry = self._entry(name)
         if entry.dtype not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise ModelFormatError(f"{entry.file.path}: tensor {name} has type {entry.dtype}; supported: {known}")
+            raise _unsupported(name, entry, DTYPES)
         tensor = entry.file.tensor(entry.start, entry.shape, DTYPES[entry.dtype])
         return tensor.float() if entry.dtype == "F16" else tensor
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The tensor's type; None: one that is not read."""
+        return RAW_DTYPES.get(self._entry(name).dtype)
+
+    def raw(self, name: str) -> Tensor:
+        """The tensor in the type that the file has, a view of the map: never write to it."""
+        entry = self._entry(name)
+        if entry.dtype not in RAW_DTYPES:
+            raise _unsupported(name, entry, RAW_DTYPES)
+        return entry.file.tensor(entry.start, entry.shape, RAW_DTYPES[entry.dtype])
+
+    def coded(self, name: str) -> CodedWeights | None:
+        """None: see `engine.weights.quantized_checkpoint` for folders of quantised weights."""
+        return None
+
     def codes(self, name: str) -> GroupWeights | None:
-        """None: safetensors of this kind hold plain numbers."""
+        """None, as `coded`."""
         return None
 
     def release(self, name: str) -> None:
@@ -127,6 +162,17 @@ class SafetensorsCheckpoint:
                 raise ModelFormatError(f"{path}: tensor {name} is in two files")
             self._entries[name] = entry
 
+    def _check_index(self) -> None:
+        """The index of a sharded model names each tensor's file: files that were mixed up show here."""
+        if (self._folder / SINGLE_NAME).is_file():
+            return
+        index = self._folder / INDEX_NAME
+        for name, shard in _weight_map(index).items():
+            found = self._entries.get(name)
+            if found is None or found.file.path.name != shard:
+                where = "is in no shard" if found is None else f"is in {found.file.path.name}"
+                raise ModelFormatError(f"{index}: tensor {name} {where}; expected in {shard}")
+
     def _has_own_head(self) -> bool:
         """True when there is an LM head that differs from the embeddings: it wins, as in transformers 5.
 
@@ -150,6 +196,10 @@ class SafetensorsCheckpoint:
         return _NAMES.get(sizes.most_common(1)[0][0], "unknown") if sizes else "unknown"
 
 
+def _unsupported(name: str, entry: _Entry, known: Mapping[str, torch.dtype]) -> ModelFormatError:
+    return ModelFormatError(f"{entry.file.path}: tensor {name} has type {entry.dtype}; supported: {', '.join(known)}")
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The weight files of `folder`, by its index when sharded."""
     index = folder / INDEX_NAME
@@ -157,10 +207,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE_NAME]
     if not index.is_file():
         raise ModelFormatError(_not_a_model(folder))
-    mapping = read_json(index).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
-        raise ModelFormatError(f"{index}: weight_map is missing or empty")
-    shards = sorted({str(name) for name in mapping.values()})
+    shards = sorted(set(_weight_map(index).values()))
     if len(shards) > MAX_SHARDS:
         raise ModelFormatError(f"{index}: {len(shards)} shards; at most {MAX_SHARDS}")
     for shard in shards:
@@ -168,6 +215,14 @@ def _weight_files(folder: Path) -> list[Path]:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ModelFormatError(f"{index}: {shard!r} is not the name of a safetensors file beside it")
     return [folder / shard for shard in shards]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file. Raises ModelFormatError."""
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise ModelFormatError(f"{index}: weight_map is missing or empty")
+    return {str(name): str(shard) for name, shard in mapping.items()}
 
 
 def _not_a_model(folder: Path) -> str:
@@ -224,7 +279,7 @@ def _read_entry(file: MappedFile, name: str, value: object, base: int) -> _Entry
     start, end = offsets
     if start > end:
         raise invalid
-    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else None
+    itemsize = RAW_DTYPES[dtype].itemsize if dtype in RAW_DTYPES else None
     if itemsize is not None and math.prod(shape) * itemsize != end - start:
         raise ModelFormatError(f"{file.path}: tensor {name}: {end - start} bytes do not hold {dtype} {shape}")
     return _Entry(file, dtype, tuple(shape), base + start, end - start)

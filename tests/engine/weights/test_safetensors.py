@@ -138,7 +138,7 @@ def test_folders_that_are_no_models(tmp_path: Path, write_folder: WriteFolder) -
         ({"num_key_value_heads": 3}, "4 heads do not divide by 3 KV heads"),
         ({"rms_norm_eps": 0}, "rms_norm_eps: must be over 0"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: quantised safetensors"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: bits: is missing"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "known: default, linear, llama3, yarn"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor: is missing"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "settings per layer"),

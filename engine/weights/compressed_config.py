@@ -1,0 +1,123 @@
+"""The `config_groups` of compressed-tensors (what llm-compressor writes) as rules.
+
+A layer is of the group whose target names it best: by its own name, by a regular expression ("re:..."), by its class
+("Linear"). Names and expressions of `ignore` leave layers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from engine.weights.fields import Fields
+from engine.weights.quantized import BITS, Activations, Packing, Pattern, Rule, Scheme
+
+_PACKINGS: Final[Mapping[str, Packing]] = {
+    "pack-quantized": "packed",
+    "int-quantized": "plain",
+    "float-quantized": "plain",
+    "naive-quantized": "plain",
+}
+_RANK: Final = {"name": 0, "match": 1, "all": 2}
+
+
+def compressed_rules(settings: Fields) -> list[Rule]:
+    """Rules, the exact ones first. Raises ModelFormatError for what no reader here knows."""
+    if settings.get("kv_cache_scheme") is not None:
+        raise settings.error("kv_cache_scheme", "a quantised KV cache is not supported")
+    if settings.text("quantization_status", "compressed") != "compressed":
+        raise settings.error("quantization_status", f"must be compressed, not {settings.get('quantization_status')!r}")
+    for key in ("sparsity_config", "transform_config"):
+        if settings.get(key):
+            raise settings.error(key, "is not supported")
+    ignored = [Rule(_pattern(settings, "ignore", text), None) for text in _texts(settings, "ignore")]
+    groups = settings.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise settings.error("config_groups", "must be an object that is not empty")
+    rules = [rule for name, group in groups.items() for rule in _group_rules(settings, str(name), group)]
+    return [*ignored, *sorted(rules, key=lambda rule: _RANK[rule.pattern.kind])]
+
+
+def _group_rules(settings: Fields, name: str, group: object) -> list[Rule]:
+    if not isinstance(group, Mapping):
+        raise settings.error(f"config_groups.{name}", "must be an object")
+    fields = Fields(f"{settings.source}: config_groups.{name}", group)
+    if group.get("output_activations") is not None:
+        raise fields.error("output_activations", "is not supported")
+    form = fields.text("format", settings.text("format"))
+    if form not in _PACKINGS:
+        raise fields.error("format", f"{form!r} is not supported; known: {', '.join(_PACKINGS)}")
+    scheme = _weights(fields, _PACKINGS[form])
+    return [Rule(_pattern(fields, "targets", text), scheme) for text in _texts(fields, "targets")]
+
+
+def _weights(group: Fields, packing: Packing) -> Scheme:
+    value = group.get("weights")
+    if not isinstance(value, Mapping):
+        raise group.error("weights", "must be an object")
+    fields = Fields(f"{group.source}: weights", value)
+    kind, bits = fields.text("type", "int").lower(), fields.integer("num_bits", 8)
+    if bits not in BITS or (kind, bits) not in (("float", 8), *(("int", b) for b in BITS)):
+        known = "int " + ", ".join(map(str, BITS)) + ", float 8"
+        raise fields.error("num_bits", f"{kind} {bits} is not supported; known: {known}")
+    if packing == "packed" and kind != "int":
+        raise fields.error("type", f"{kind!r} can't be packed")
+    strategy = fields.text("strategy", "group" if fields.get("group_size") else "tensor")
+    if strategy not in ("tensor", "channel", "group", "block"):
+        raise fields.error("strategy", f"{strategy!r} is not supported; known: tensor, channel, group, block")
+    return Scheme(
+        packing,
+        bits if packing == "packed" else 8,
+        group=fields.integer("group_size") if strategy == "group" else None,
+        fp8=kind == "float",
+        symmetric=fields.boolean("symmetric", True),
+        block=_block(fields) if strategy == "block" else None,
+        per_tensor=strategy == "tensor",
+        ordered=fields.get("actorder") in ("group", "dynamic"),
+        activations=_activations(group),
+    )
+
+
+def _activations(group: Fields) -> Activations | None:
+    value = group.get("input_activations")
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise group.error("input_activations", "must be an object")
+    fields = Fields(f"{group.source}: input_activations", value)
+    if fields.integer("num_bits", 8) != 8 or not fields.boolean("symmetric", True):
+        raise fields.error("num_bits", "only symmetric activations of 8 bits are supported")
+    kind: Literal["int8", "fp8"] = "fp8" if fields.text("type", "int").lower() == "float" else "int8"
+    strategy, dynamic = fields.text("strategy", "tensor"), fields.boolean("dynamic", False)
+    if (strategy, dynamic) == ("token", True):
+        return Activations(kind, True)
+    if (strategy, dynamic) == ("group", True):
+        return Activations(kind, True, fields.integer("group_size"))
+    if (strategy, dynamic) == ("tensor", False):
+        return Activations(kind, False)
+    # One scale for all rows of a step would make a row's result depend on the others.
+    raise fields.error(
+        "strategy", f"{strategy} with dynamic {dynamic} is not supported; known: dynamic token or group, static tensor"
+    )
+
+
+def _block(fields: Fields) -> tuple[int, int]:
+    sides = fields.sides("block_structure")
+    if sides is None:
+        raise fields.error("block_structure", "is missing")
+    return sides
+
+
+def _pattern(settings: Fields, key: str, text: str) -> Pattern:
+    if text.startswith("re:"):
+        return Pattern(settings.expression(key, text.removeprefix("re:")), "match")
+    return Pattern(text, "all") if text == "Linear" else Pattern(text, "name")
+
+
+def _texts(settings: Fields, key: str) -> list[str]:
+    value = settings.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise settings.error(key, "must be a list of strings")
+    return value

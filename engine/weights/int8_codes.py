@@ -1,0 +1,28 @@
+"""A file's codes as compute int8 holds them: groups of 32 inputs, 4 bits with a minimum or 8 bits without.
+
+What changes: scales become float16 (bfloat16 and float32 ones are rounded to 11 bits), and a group's minimum, which
+stands for its zero point, becomes bfloat16 (an error of at most a 64th of a step). Codes stay.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.coded import CodedWeights
+from kernels.int8 import GROUP, ZEROS, GroupWeights
+
+
+def group_weights(weights: CodedWeights) -> GroupWeights | None:
+    """The same weight in groups of 32; None for FP8, ordered inputs, odd groups, 8 bits with zeros."""
+    inputs = weights.codes.shape[1]
+    if weights.fp8 or weights.order is not None or (weights.group % GROUP and weights.group < inputs):
+        return None
+    if weights.bits == 8 and weights.zeros is not None:
+        return None
+    where = torch.arange(0, inputs, GROUP) // weights.group
+    scales = weights.scales.float()[:, where].contiguous()
+    if weights.bits == 8:
+        return GroupWeights(8, weights.codes, scales)
+    middle = float(1 << weights.bits >> 1)
+    zeros = middle if weights.zeros is None else weights.zeros.float()[:, where]
+    return GroupWeights(4, weights.codes, scales, (scales * (ZEROS[4] - zeros)).contiguous())

@@ -1,0 +1,277 @@
+"""Quantised folders: the bits of the same weights as plain float32, near them with int8, refusals that name tensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from quantized_folders import FORMATS, Tensors, both_forms, compressed, plain_tensors, save
+from row_promise import random_prompts, same_bits
+
+from engine.config import EngineConfig
+from engine.models.loader import load_model
+from engine.weights import model_id, open_checkpoint
+from kernels.coded import FP8
+from tandem.errors import ModelFormatError
+
+if TYPE_CHECKING:
+    from conftest import MakeDriver
+
+PROMPTS = random_prompts(2, 20, 97)
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_exact_gives_the_bits_of_the_plain_weights(
+    name: str, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None
+) -> None:
+    coded, plain = both_forms(FORMATS[name])
+    drivers = [
+        make_driver(save(tmp_path / "coded", coded, FORMATS[name].config), sequences=2),
+        make_driver(save(tmp_path / "plain", plain), sequences=2),
+    ]
+    one, other = (driver.run(PROMPTS, chunk=7) for driver in drivers)
+    assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
+    if FORMATS[name].bits < 8:
+        assert drivers[0].model.nbytes < drivers[1].model.nbytes / 2
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_int8_is_near(name: str, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
+    coded, _ = both_forms(FORMATS[name])
+    folder = save(tmp_path / "coded", coded, FORMATS[name].config)
+    exact, near = (make_driver(folder, compute=compute).run(PROMPTS[:1], 20)[0] for compute in ("exact", "int8"))
+    assert float((near - exact).norm() / exact.norm()) < 0.05
+
+
+def fp8_tensors(scales: Callable[[int, int], torch.Tensor], suffix: str) -> tuple[Tensors, Tensors]:
+    """A model whose layers are FP8 with `scales(rows, inputs)`, and the same as plain float32."""
+    coded, plain = both_forms(FORMATS["gptq"])
+    kept = {name: tensor for name, tensor in coded.items() if not name.endswith(("qweight", "qzeros", "scales"))}
+    for name, tensor in list(plain.items()):
+        if "_proj" not in name:
+            continue
+        made = scales(*tensor.shape)
+        high, wide = -(-tensor.shape[0] // made.shape[0]), -(-tensor.shape[1] // made.shape[1])
+        spread = made.float().repeat_interleave(high, 0).repeat_interleave(wide, 1)
+        codes = (tensor / spread).to(FP8)
+        plain[name] = codes.float() * spread
+        kept |= {name: codes, name.removesuffix("weight") + suffix: made}
+    return kept, plain
+
+
+FLOATS = {
+    "tensor": (lambda rows, inputs: torch.full((1, 1), 0.01), {"strategy": "tensor"}),
+    "channel": (lambda rows, inputs: torch.rand(rows, 1) * 0.01 + 0.01, {"strategy": "channel"}),
+    "block": (
+        lambda rows, inputs: torch.rand(rows // 32, inputs // 16) * 0.01 + 0.01,
+        {"strategy": "block", "block_structure": [32, 16]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_fp8_of_compressed_tensors(kind: str, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
+    scales, strategy = FLOATS[kind]
+    coded, plain = fp8_tensors(scales, "weight_scale")
+    config = compressed("float-quantized", num_bits=8, type="float", group_size=None, **strategy)
+    one = make_driver(save(tmp_path / "coded", coded, config)).run(PROMPTS[:1], 20)[0]
+    assert same_bits(one, make_driver(save(tmp_path / "plain", plain)).run(PROMPTS[:1], 20)[0])
+
+
+@pytest.mark.parametrize("block", [[32, 16], None])
+def test_fp8_with_inverse_scales(
+    block: list[int] | None, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None
+) -> None:
+    scales, _ = FLOATS["tensor" if block is None else "block"]
+    coded, plain = fp8_tensors(scales, "weight_scale_inv")
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
+    one = make_driver(save(tmp_path / "coded", coded, config)).run(PROMPTS[:1], 20)[0]
+    assert same_bits(one, make_driver(save(tmp_path / "plain", plain)).run(PROMPTS[:1], 20)[0])
+
+
+def test_layers_may_be_of_several_groups_and_ignored(
+    tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None
+) -> None:
+    config = compressed("mixed-precision")
+    config["config_groups"]["group_0"] |= {"format": "pack-quantized"}
+    eight = compressed("int-quantized", num_bits=8, strategy="channel", group_size=None)["config_groups"]["group_0"]
+    config["config_groups"]["group_1"] = eight | {"targets": ["re:.*down_proj"], "format": "int-quantized"}
+    config["ignore"] = ["lm_head", "re:.*k_proj"]
+    four, plain = both_forms(FORMATS["packed-symmetric"])
+    whole, whole_plain = both_forms(FORMATS["int8-row"])
+    coded = {name: tensor for name, tensor in four.items() if "down_proj" not in name and "k_proj" not in name}
+    coded |= {name: tensor for name, tensor in whole.items() if "down_proj" in name}
+    coded |= {name: tensor for name, tensor in plain.items() if "k_proj" in name}
+    plain |= {name: tensor for name, tensor in whole_plain.items() if "down_proj" in name}
+    one = make_driver(save(tmp_path / "coded", coded, config)).run(PROMPTS[:1], 20)[0]
+    assert same_bits(one, make_driver(save(tmp_path / "plain", plain)).run(PROMPTS[:1], 20)[0])
+
+
+def test_int8_activations_are_those_of_the_format(tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
+    """Close to the weights alone, and not the same: rows are quantised."""
+    coded, _ = both_forms(FORMATS["int8-row"])
+    plain_config = FORMATS["int8-row"].config
+    config = copy.deepcopy(dict(plain_config))
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    config["config_groups"]["group_0"]["input_activations"] = activations
+    weights_only = make_driver(save(tmp_path / "weights", coded, plain_config)).run(PROMPTS[:1], 20)[0]
+    both = make_driver(save(tmp_path / "both", coded, config), sequences=2)
+    alone = both.run(PROMPTS[:1], 20)[0]
+    assert 0 < float((alone - weights_only).norm() / weights_only.norm()) < 0.05
+    assert same_bits(alone, both.run(PROMPTS, 3)[0])
+
+
+def test_the_configuration_is_part_of_the_identity(tmp_path: Path) -> None:
+    coded, _ = both_forms(FORMATS["gptq"])
+    config = dict(FORMATS["gptq"].config)
+    one = model_id(save(tmp_path / "one", coded, config))
+    assert one == model_id(save(tmp_path / "same", coded, config))
+    assert one != model_id(save(tmp_path / "other", coded, config | {"checkpoint_format": "gptq_v2"}))
+
+
+def test_a_quantised_head_has_its_own_weight(tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
+    """Even where the configuration ties it to the embeddings: what the file holds wins."""
+    coded, plain = both_forms(FORMATS["packed-symmetric"])
+    at = "model.layers.0.mlp.gate_proj"
+    for tensors, suffixes in ((coded, ("weight_packed", "weight_scale", "weight_shape")), (plain, ("weight",))):
+        del tensors["lm_head.weight"]
+        for suffix in suffixes:
+            tensors[f"lm_head.{suffix}"] = tensors[f"{at}.{suffix}"].clone()
+    table = torch.randn(128, 64, generator=torch.Generator().manual_seed(1))
+    coded["model.embed_tokens.weight"] = plain["model.embed_tokens.weight"] = table
+    config = compressed("pack-quantized") | {"ignore": []}
+    shape = {"vocab_size": 128, "tie_word_embeddings": True}
+    one = make_driver(save(tmp_path / "coded", coded, config, **shape)).run(PROMPTS[:1], 20)[0]
+    other = make_driver(save(tmp_path / "plain", plain, **shape)).run(PROMPTS[:1], 20)[0]
+    assert same_bits(one, other)
+
+
+def drop(*suffixes: str) -> Callable[[Tensors], None]:
+    """Take tensors of `LAYER` away."""
+
+    def change(tensors: Tensors) -> None:
+        for suffix in suffixes:
+            del tensors[f"{LAYER}.{suffix}"]
+
+    return change
+
+
+def put(suffix: str, tensor: torch.Tensor) -> Callable[[Tensors], None]:
+    """Another tensor of `LAYER`."""
+
+    def change(tensors: Tensors) -> None:
+        tensors[f"{LAYER}.{suffix}"] = tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gptq", drop("scales"), r"up_proj\.scales is missing; expected float16 or bfloat16 or float32 \(2, 128\)"),
+        ("gptq", drop("qzeros"), r"up_proj\.qzeros is missing; expected int32 \(2, 16\)"),
+        ("gptq", drop("qweight"), r"up_proj\.qweight is missing; expected beside .*up_proj\.qzeros"),
+        ("gptq", drop("qweight", "qzeros", "scales"), r"tensor .*up_proj\.weight is missing"),
+        ("gptq", put("scales", torch.ones(2, 127).half()), r"up_proj\.scales is float16 \(2, 127\); expected"),
+        ("gptq", put("qweight", torch.ones(9, 128, dtype=torch.int32)), r"expected \(128, 64\)"),
+        ("gptq", put("qweight", torch.ones(8, 128)), r"up_proj\.qweight is float32 \(8, 128\); expected int32"),
+        ("gptq", put("weight", torch.ones(128, 64)), r"up_proj\.qweight and .*up_proj\.weight are two weights"),
+        ("gptq-ordered", drop("g_idx"), r"up_proj\.g_idx is missing; expected int32 \(64,\)"),
+        (
+            "gptq-ordered",
+            put("g_idx", torch.full((64,), 2, dtype=torch.int32)),
+            r"names groups 2 to 2; expected 0 to 1",
+        ),
+        ("awq-gemv", put("qzeros", torch.ones(128, 1, dtype=torch.int32)), r"expected int32 \(128, 4\)"),
+        ("packed-symmetric", drop("weight_scale"), r"up_proj\.weight_scale is missing"),
+        ("packed-symmetric", drop("weight_shape"), r"up_proj\.weight_shape is missing; expected int64 or int32 \(2,\)"),
+        ("packed-symmetric", put("weight_shape", torch.tensor([128, 72])), r"weight_packed is int32 .*\(128, 9\)"),
+        ("packed-zeros", drop("weight_zero_point"), r"up_proj\.weight_zero_point is missing; expected int32 \(16, 2\)"),
+        ("int8-row", drop("weight"), r"up_proj\.weight as int8 or FP8 is missing; expected beside"),
+        ("int8-row", put("weight", torch.ones(128, 64)), r"expected beside .*up_proj\.weight_scale"),
+        ("int8-row", put("weight_scale", torch.ones(128, 2)), r"weight_scale is float32 \(128, 2\); expected"),
+    ],
+)
+def test_broken_tensors_are_named(name: str, change: Callable[[Tensors], None], message: str, tmp_path: Path) -> None:
+    coded, _ = both_forms(FORMATS[name])
+    change(coded)
+    folder = save(tmp_path / "broken", coded, FORMATS[name].config)
+    with pytest.raises(ModelFormatError, match=message):
+        load_model(open_checkpoint(folder), EngineConfig(model=str(folder)))
+
+
+def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """`config` with other settings of its first group."""
+    config["config_groups"]["group_0"] |= changes
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("gptq", "quantization_config: must be an object"),
+        ({"bits": 4}, "quant_method: is missing"),
+        (
+            {"quant_method": "hqq"},
+            "quant_method: 'hqq' is not supported; known: gptq, awq, auto-round, compressed-tensors",
+        ),
+        ({"quant_method": "gptq"}, "bits: is missing"),
+        ({"quant_method": "gptq", "bits": 5, "group_size": 32}, "bits: 5 is not supported; known: 2, 3, 4, 8"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size: must be -1 or"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin' is not supported; known: gptq"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"(": {}}}, r"'\(' is no regular expression"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "'gemv_fast' is not supported; known: gemm, gemv"),
+        ({"quant_method": "awq", "bits": 8}, "bits: 8 is not supported; AWQ has 4"),
+        ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:fp8"}, "'auto_round:fp8' is not"),
+        ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type 'int'"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt: 'e5m2' is not supported; known: e4m3"),
+        ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "scale_fmt: 'ue8m0' is not supported"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "must be two integers over 0"),
+        (compressed("nvfp4-pack-quantized"), "format: 'nvfp4-pack-quantized' is not supported; known: pack-quantized"),
+        (compressed("pack-quantized") | {"kv_cache_scheme": {}}, "kv_cache_scheme: a quantised KV cache"),
+        (compressed("pack-quantized") | {"config_groups": {}}, "config_groups: must be an object that is not empty"),
+        (compressed("pack-quantized") | {"ignore": ["re:("]}, "is no regular expression"),
+        (compressed("pack-quantized", num_bits=5), "int 5 is not supported; known: int 2, 3, 4, 8, float 8"),
+        (compressed("float-quantized", num_bits=4, type="float"), "float 4 is not supported"),
+        (compressed("pack-quantized", strategy="tensor_group"), "strategy: 'tensor_group' is not supported"),
+        (
+            changed(compressed("int-quantized"), input_activations={"strategy": "tensor", "dynamic": True}),
+            "strategy: tensor with dynamic True is not supported",
+        ),
+    ],
+)
+def test_configurations_that_nobody_reads_are_refused(config: Any, message: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "odd", plain_tensors(np.random.default_rng(1)), config)
+    with pytest.raises(ModelFormatError, match=message):
+        open_checkpoint(folder)
+
+
+def test_codes_of_layers_that_the_configuration_leaves_alone(tmp_path: Path) -> None:
+    coded, _ = both_forms(FORMATS["packed-symmetric"])
+    config = compressed("pack-quantized") | {"ignore": ["re:.*up_proj"]}
+    with pytest.raises(ModelFormatError, match=r"leaves model\.layers\.0\.mlp\.up_proj alone"):
+        open_checkpoint(save(tmp_path / "odd", coded, config))
+
+
+def test_a_truncated_file_and_an_index_that_lies(tmp_path: Path) -> None:
+    coded, _ = both_forms(FORMATS["gptq"])
+    folder = save(tmp_path / "short", coded, FORMATS["gptq"].config)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelFormatError, match="truncated"):
+        open_checkpoint(folder)
+    shard = folder / "model-00001-of-00001.safetensors"
+    file.rename(shard)
+    save(tmp_path / "whole", coded, FORMATS["gptq"].config)
+    shard.write_bytes((tmp_path / "whole" / "model.safetensors").read_bytes())
+    index = {"weight_map": dict.fromkeys(coded, shard.name) | {f"{LAYER}.g_idx": shard.name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFormatError, match=r"up_proj\.g_idx is in no shard; expected in model-00001"):
+        open_checkpoint(folder)
