@@ -19,6 +19,7 @@ COMMANDS = {
     "scale": ("tandem.cli.scale", "Change how many prefill or decode workers run."),
     "doctor": ("tandem.cli.doctor", "Show what was found on this machine and what will be used."),
     "models": ("tandem.cli.models", "Look at model files."),
+    "quantize": ("tandem.cli.quantize", "Make a smaller copy of a model."),
 }
 
 

@@ -1,9 +1,11 @@
-"""`tandem models`: look at model files. Reads headers only; needs no torch."""
+"""`tandem models`: look at model files. Reads headers; the engine, asked in a process of its own, knows the kernels."""
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import click
 
 from tandem.errors import ModelFormatError
 from tandem.models import resolve_model, verify_default
+from tandem.supervisor.settings import environment
 
 MAX_HEADER_BYTES = 256 << 20
 
@@ -42,8 +45,10 @@ def verify() -> None:
 @click.argument("model", default="default")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(model: str, as_json: bool) -> None:
-    """Show what is in MODEL: a GGUF file, or a folder with config.json and safetensors."""
-    facts = describe(resolve_model(model))
+    """Show what is in MODEL, a GGUF file or a folder with config.json and safetensors, and which kernels serve it."""
+    found = resolve_model(model)
+    facts = describe(found)
+    facts |= engine_facts(found)
     if as_json:
         print(json.dumps(facts, ensure_ascii=False))
         return
@@ -63,6 +68,19 @@ def describe(path: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, KeyError, IndexError, TypeError) as exc:
         raise ModelFormatError(f"{path} can't be read as a model, it is damaged or truncated: {exc}") from exc
+    return facts
+
+
+def engine_facts(path: Path) -> dict[str, Any]:
+    """What the engine says of a model: true parameters, how layers are stored, kernels. Raises ModelFormatError."""
+    words = [sys.executable, "-P", "-m", "engine", "describe", str(path)]
+    done = subprocess.run(  # noqa: S603  # our own module
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment(), check=False
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ModelFormatError(lines[-1].removeprefix("error: "))
+    facts: dict[str, Any] = json.loads(done.stdout)
     return facts
 
 
