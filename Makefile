@@ -1,6 +1,6 @@
 # Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
 .DEFAULT_GOAL := help
-.PHONY: help setup run test helm-test exact chaos check bench bench-growth bench-transfer bench-peers gpu-check gpu-table clean
+.PHONY: help setup run test helm-test exact chaos check bench bench-growth bench-transfer bench-peers quantized-data gpu-check gpu-table clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ bench: setup ## one JSON line per point: the engine alone, then through the gate
 
 bench-growth: setup ## one decode step over the batch and over the context, beside its floor
 	@exec .venv/bin/python -m bench.growth $(ARGS)
+
+quantized-data: ## the tests' quantised checkpoints by the tools that write such (ARGS: which; minutes of installing)
+	@exec scripts/quantized-data $(ARGS)
 
 gpu-table: setup ## what the GPU kernels use (registers, shared memory, spills), compiled without a GPU; minutes
 	@exec .venv/bin/python -m bench.gpu_table --markdown docs/gpu-table.md $(ARGS)
