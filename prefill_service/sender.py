@@ -66,6 +66,8 @@ class Transfer:
         self._taken_end = 0
         self._record: Record | None = None
         self._news = asyncio.Event()
+        self._opening = asyncio.Event()
+        """Set when Open is ready to be written: before that nobody can be expected to beat."""
         self._first_offer = 0.0
 
     def reserve(self, blocks: Sequence[int]) -> None:
@@ -112,6 +114,7 @@ class Transfer:
             await asyncio.gather(reader, writer, return_exceptions=True)
 
     async def _read(self, call: Any) -> bool:
+        await self._opening.wait()
         try:
             async with Silence(SILENCE_SECONDS) as silence:
                 return await self._answers(call, silence)
@@ -147,7 +150,9 @@ class Transfer:
         return None
 
     async def _write(self, call: Any) -> None:
-        await call.write(await self._in_thread(self._open))
+        opening = await self._in_thread(self._open)
+        self._opening.set()
+        await call.write(opening)
         coming = self._produce()
         try:
             while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from prefill_serving import metric, record_of, serving
@@ -109,6 +110,28 @@ async def test_a_corrupt_block_is_data_loss() -> None:
         )
         error = await rig.error_of(rig.request(record_of(9, seed=1)))
         assert type(error).__name__ == "DataCorruptionError"
+        await rig.settled()
+
+
+async def test_the_time_to_open_is_not_the_decode_workers_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that starts with the first transfer, say: nobody beats before Open has come."""
+    monkeypatch.setattr("prefill_service.sender.SILENCE_SECONDS", 0.5)
+    async with serving() as rig:
+        source = rig.assembly.worker._transports["shm"]
+        plain, starts, started = source.endpoint, threading.Event(), threading.Event()
+
+        def endpoint() -> bytes:
+            starts.set()
+            assert started.wait(20)
+            return plain()
+
+        source.endpoint = endpoint  # type: ignore[method-assign]
+        call = asyncio.ensure_future(rig.prefill(rig.request(record_of(9, seed=1))))
+        assert await asyncio.to_thread(starts.wait, 20)
+        await asyncio.sleep(1.0)  # twice the silence that would be too long
+        assert not call.done()
+        started.set()
+        await call
         await rig.settled()
 
 
