@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from tandem.errors import ConfigError, TandemError, UnauthenticatedError, UnavailableError
-from tandem.service.address import Address, parse
+from tandem.service.address import parse
 from tandem.service.files import read_bounded
 
 DEFAULT_GATEWAY = "127.0.0.1:50051"
@@ -19,19 +19,6 @@ DEFAULT_HTTP = "127.0.0.1:50080"
 MAX_KEY_BYTES = 4096
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def gateway_option(function: F) -> F:
-    """--gateway HOST:PORT."""
-    return click.option(
-        "--gateway",
-        metavar="HOST:PORT",
-        default=DEFAULT_GATEWAY,
-        show_default=True,
-        envvar="TANDEM_GATEWAY",
-        callback=_checked,
-        help="The gateway to talk to.",
-    )(function)
 
 
 def gateways_option(function: F) -> F:
@@ -96,9 +83,9 @@ def _all_checked(context: click.Context, option: click.Parameter, text: str) -> 
     return [_checked(context, option, one.strip()) for one in text.split(",")]
 
 
-def gateway_address(text: str) -> Address:
-    """Raises ConfigError naming the flag."""
-    return parse(text, flag="--gateway")
+def gateway_ports(gateways: Sequence[str]) -> list[int]:
+    """Of addresses HOST:PORT. Raises ConfigError naming the flag."""
+    return [parse(gateway, flag="--gateway").port for gateway in gateways]
 
 
 def _unreachable(gateway: str, message: str) -> str:

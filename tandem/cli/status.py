@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tandem.cli.options import gateway_address, gateway_option
+from tandem.cli.options import gateway_ports, gateways_option
 from tandem.supervisor.control import ask
 
 COLUMNS = {
@@ -27,11 +27,11 @@ COLUMNS = {
 
 
 @click.command("status")
-@gateway_option
+@gateways_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(gateway: str, as_json: bool) -> None:
+def command(gateways: list[str], as_json: bool) -> None:
     """Show the processes of the `tandem up` whose gateway is at --gateway: addresses, sequences, KV blocks."""
-    show(ask(gateway_address(gateway).port, {"command": "status"}, timeout=10), as_json=as_json)
+    show(ask(gateway_ports(gateways), {"command": "status"}, timeout=10), as_json=as_json)
 
 
 def show(status: dict[str, Any], *, as_json: bool) -> None:

@@ -106,7 +106,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the connection; running calls end."""
-        self._route.closed = True
+        self._route.close()
         await asyncio.gather(*(channel.close() for channel in self._route.channels))
 
     async def __aenter__(self) -> Self:
@@ -132,8 +132,14 @@ class AsyncClient:
                 )
             except grpc.RpcError as exc:
                 pause = tries.pause_after(exc, at=at)
-            await asyncio.sleep(pause)
+            await _pause(self._route, asyncio.Event(), pause)
             request = repeated(request)
+
+
+async def _pause(route: Route[Any], woken: asyncio.Event, seconds: float) -> None:
+    """Until the client is closed, or `woken` is set, or the time is over."""
+    with route.pausing(woken.set), contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(woken.wait(), seconds)
 
 
 class AsyncStream(AsyncIterator[Event]):
@@ -144,7 +150,9 @@ class AsyncStream(AsyncIterator[Event]):
     def __init__(self, route: Route[Any], stubs: Sequence[Any], progress: Progress) -> None:
         """Begins the call; the client makes it."""
         self._route, self._stubs, self._progress = route, stubs, progress
-        self._over = asyncio.Event()
+        self._over = False
+        self._woken = asyncio.Event()
+        """Set by `close`, and by the client's: a pause ends."""
         self._begin()
         self._events = self._read()
 
@@ -157,7 +165,7 @@ class AsyncStream(AsyncIterator[Event]):
         )
 
     async def _read(self) -> AsyncIterator[Event]:
-        while not self._over.is_set():
+        while not self._over:
             try:
                 async for response in self._call:
                     for event in self._progress.take(response):
@@ -168,12 +176,11 @@ class AsyncStream(AsyncIterator[Event]):
             except asyncio.CancelledError:
                 # gRPC says the same of a call that `close` ended and of a reader whose task is cancelled.
                 task = asyncio.current_task()
-                if not self._over.is_set() or (task is not None and task.cancelling()):
+                if not self._over or (task is not None and task.cancelling()):
                     raise
                 return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._over.wait(), pause)
-            if not self._over.is_set():
+            await _pause(self._route, self._woken, pause)
+            if not self._over:
                 self._begin()
 
     async def __anext__(self) -> Event:
@@ -182,7 +189,8 @@ class AsyncStream(AsyncIterator[Event]):
 
     async def close(self) -> None:
         """Cancels the request if it still runs. A task that reads the stream comes to its end."""
-        self._over.set()
+        self._over = True
+        self._woken.set()
         self._call.cancel()
 
     async def __aenter__(self) -> Self:

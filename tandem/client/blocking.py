@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -102,7 +101,7 @@ class Client:
 
     def close(self) -> None:
         """Closes the connection; running calls end."""
-        self._route.closed = True
+        self._route.close()
         for channel in self._route.channels:
             channel.close()
 
@@ -127,7 +126,9 @@ class Client:
                 return getattr(self._stubs[at], method)(request, timeout=tries.remaining, metadata=self._route.metadata)
             except grpc.RpcError as exc:
                 pause = tries.pause_after(exc, at=at)
-            time.sleep(pause)
+            closed = threading.Event()
+            with self._route.pausing(closed.set):
+                closed.wait(pause)
             request = repeated(request)
 
 
@@ -140,6 +141,8 @@ class Stream(Iterator[Event]):
         """Begins the call; the client makes it."""
         self._route, self._stubs, self._progress = route, stubs, progress
         self._over = threading.Event()
+        self._woken = threading.Event()
+        """Set by `close`, and by the client's: a pause ends."""
         self._begin()
         self._events = self._read()
 
@@ -161,7 +164,9 @@ class Stream(Iterator[Event]):
                 if self._over.is_set():
                     return
                 pause = self._progress.pause_after(exc, at=self._at)
-            if not self._over.wait(pause):
+            with self._route.pausing(self._woken.set):
+                self._woken.wait(pause)
+            if not self._over.is_set():
                 self._begin()
                 if self._over.is_set():  # `close` in another thread may have ended the call before
                     self._call.cancel()
@@ -173,6 +178,7 @@ class Stream(Iterator[Event]):
     def close(self) -> None:
         """Cancels the request if it still runs. May be called from another thread."""
         self._over.set()
+        self._woken.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:

@@ -11,6 +11,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -72,6 +73,24 @@ class Route(Generic[Channel]):
         self.channels = [open_channel(one) for one in given]
         self._at = 0
         self.closed = False
+        self._pausing: list[Callable[[], None]] = []
+
+    def close(self) -> None:
+        """No more calls; who pauses before another try is woken. The channels are the caller's to close."""
+        self.closed = True
+        for wake in list(self._pausing):
+            wake()
+
+    @contextmanager
+    def pausing(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Around a pause: `close` calls `wake`, perhaps from another thread."""
+        self._pausing.append(wake)
+        try:
+            if self.closed:
+                wake()
+            yield
+        finally:
+            self._pausing.remove(wake)
 
     @property
     def at(self) -> int:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,25 +87,32 @@ class ControlServer:
             return {"ok": False, "error": "internal error; see the log of tandem up"}
 
 
-def ask(port: int, request: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
-    """Sends one request to the `tandem up` whose gateway listens on `port`. Raises UnavailableError when there is
-    none.
+def ask(ports: int | Sequence[int], request: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
+    """Sends one request to the `tandem up` whose first gateway listens on the port, or on one of `ports`: whoever names
+    all gateways names that one, too. `timeout` in seconds. Raises UnavailableError when there is none.
     """
-    path = control_socket(port)
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(timeout)
-            connection.connect(str(path))
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            with connection.makefile("rb") as stream:
-                answer = json.loads(stream.readline())
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise UnavailableError(f"no `tandem up` of yours runs a gateway on port {port}{_others()}") from None
-    except (OSError, ValueError) as exc:
-        raise UnavailableError(f"`tandem up` on port {port} gave no answer: {exc}") from exc
-    if not answer.pop("ok"):
-        raise ConfigError(str(answer.get("error")))
-    return dict(answer)
+    tried = [ports] if isinstance(ports, int) else list(ports)
+    for port in tried:
+        try:
+            answer = _exchange(control_socket(port), request, timeout)
+        except (FileNotFoundError, ConnectionRefusedError):
+            continue
+        except (OSError, ValueError) as exc:
+            raise UnavailableError(f"`tandem up` on port {port} gave no answer: {exc}") from exc
+        if not answer.pop("ok"):
+            raise ConfigError(str(answer.get("error")))
+        return dict(answer)
+    where = " or ".join(map(str, tried))
+    raise UnavailableError(f"no `tandem up` of yours runs a gateway on port {where}{_others()}")
+
+
+def _exchange(path: Path, request: dict[str, Any], timeout: float) -> Any:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(timeout)
+        connection.connect(str(path))
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        with connection.makefile("rb") as stream:
+            return json.loads(stream.readline())
 
 
 def _others() -> str:

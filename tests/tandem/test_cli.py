@@ -191,7 +191,7 @@ def test_up_serves_until_a_signal(fake_services: Path, signum: int, arguments: t
     assert ready.startswith("ready gateway=127.0.0.1:")
     assert re.fullmatch(r"ready gateway=127\.0\.0\.1:\d+ http=127\.0\.0\.1:\d+\n", ready)
     gateway = ready.split()[1].removeprefix("gateway=")
-    status = tandem("status", "--gateway", gateway)
+    status = tandem("status", "--gateway", f"127.0.0.1:5, {gateway}")
     assert "decode-0" in status.stdout
     assert "METRICS" in status.stdout
     said = json.loads(tandem("status", "--gateway", gateway, "--json").stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -166,50 +167,82 @@ def test_a_repeated_call_keeps_its_id(call: Any, fake_gateways: Any) -> None:
         assert given in (None, second.request_id)
 
 
-def test_closing_a_client_ends_a_stream_that_pauses(fake_gateways: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an error of ours."""
-    servicer, address = fake_gateways[0]
+@pytest.fixture
+def long_pauses(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Tries follow each other after an hour. Set when somebody is about to pause."""
+    paused, pause_after = threading.Event(), going_on.Tries.pause_after
+
+    def tell(*args: Any, **options: Any) -> float:
+        pause_after(*args, **options)
+        paused.set()
+        return 3600.0
+
+    monkeypatch.setattr(going_on.Tries, "pause_after", tell)
+    return paused
+
+
+@pytest.mark.parametrize("method", ["stream", "generate"])
+def test_closing_a_client_ends_what_pauses(fake_gateways: Any, long_pauses: threading.Event, method: str) -> None:
+    """At once, with an error of ours; in the thread that waits."""
+    servicer, _ = fake_gateways[0]
     servicer.cuts = [1]
-    client = Client(address)
-    pause_after = going_on.Progress.pause_after
+    client = Client(fake_gateways[0][1] if method == "stream" else "127.0.0.1:9")
+    ends: list[BaseException] = []
 
-    def close_then(*args: Any, **options: Any) -> float:
-        pause = pause_after(*args, **options)
-        client.close()
-        return pause
+    def wait_for_it() -> None:
+        try:
+            list(getattr(client, method)(WORDS))
+        except errors.TandemError as error:
+            ends.append(error)
 
-    monkeypatch.setattr(going_on.Progress, "pause_after", close_then)
-    with pytest.raises(errors.RequestCancelledError, match="closed"):
-        list(client.stream(WORDS))
+    reader = threading.Thread(target=wait_for_it, daemon=True)
+    reader.start()
+    assert long_pauses.wait(20)
+    client.close()
+    reader.join(20)
+    (error,) = ends
+    assert isinstance(error, errors.RequestCancelledError)
     with pytest.raises(errors.RequestCancelledError, match="closed"):
         client.models()
 
 
-async def test_closing_an_async_client_ends_a_stream_that_pauses(
-    fake_gateways: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", ["stream", "generate"])
+async def test_closing_an_async_client_ends_what_pauses(
+    fake_gateways: Any, long_pauses: threading.Event, method: str
 ) -> None:
     """The same."""
-    servicer, address = fake_gateways[0]
+    servicer, _ = fake_gateways[0]
     servicer.cuts = [1]
-    client, paused = AsyncClient(address), asyncio.Event()
-    pause_after = going_on.Progress.pause_after
-
-    def tell(*args: Any, **options: Any) -> float:
-        paused.set()
-        return max(0.2, pause_after(*args, **options))
+    client = AsyncClient(fake_gateways[0][1] if method == "stream" else "127.0.0.1:9")
 
     async def read() -> None:
+        if method == "generate":
+            await client.generate(WORDS)
         async for _event in client.stream(WORDS):
             pass
 
-    monkeypatch.setattr(going_on.Progress, "pause_after", tell)
     reader = asyncio.create_task(read())
-    await paused.wait()
+    assert await asyncio.to_thread(long_pauses.wait, 20)
     await client.close()
     with pytest.raises(errors.RequestCancelledError, match="closed"):
-        await reader
+        await asyncio.wait_for(reader, 20)
     with pytest.raises(errors.RequestCancelledError, match="closed"):
         await client.models()
+
+
+def test_closing_one_stream_leaves_the_others_pausing(fake_gateways: Any, long_pauses: threading.Event) -> None:
+    servicer, address = fake_gateways[0]
+    servicer.cuts = [1, 1]
+    with Client(address) as client:
+        stream, other = client.stream(WORDS), client.stream(WORDS)
+        readers = [threading.Thread(target=lambda one=one: list(one), daemon=True) for one in (stream, other)]
+        readers[0].start()
+        assert long_pauses.wait(20)
+        stream.close()
+        readers[0].join(20)
+        assert not readers[0].is_alive()
+        assert not client._route.closed
+        other.close()
 
 
 def test_nobody_anywhere(call: Any) -> None:

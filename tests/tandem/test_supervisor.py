@@ -310,7 +310,8 @@ async def test_control_refuses_rubbish(up: Up) -> None:
     writer.close()
     _reader, silent = await asyncio.open_unix_connection(path)
     silent.close()
-    assert (await asyncio.to_thread(control.ask, supervisor.gateways[0].port, {"command": "status"}, 10))["workers"]
+    for ports in (supervisor.gateways[0].port, [5, supervisor.gateways[0].port]):
+        assert (await asyncio.to_thread(control.ask, ports, {"command": "status"}, 10))["workers"]
 
 
 async def test_port_in_use_is_told_before_anything_starts(up: Up, fake_services: Path) -> None:
@@ -393,6 +394,8 @@ def test_ask_names_the_running_ones(fake_services: Path) -> None:
     (runtime.runtime_folder() / "gateway-1234.sock").touch()
     with pytest.raises(UnavailableError, match=r"port 5\b.*--gateway 127.0.0.1:1234"):
         control.ask(5, {"command": "status"})
+    with pytest.raises(UnavailableError, match=r"port 5 or 1234\b"):
+        control.ask([5, 1234], {"command": "status"})
 
 
 @pytest.mark.parametrize("changes", [{"decode": 0}, {"prefill": -1}, {"prefill": 65}, {"gateways": 0}])
