@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -13,11 +12,12 @@ from typing import Any, Self, Unpack
 import grpc
 
 from tandem.client import convert
+from tandem.client.connections import Connection
 from tandem.client.going_on import Progress, Route, Tries, named, repeated
 from tandem.client.types import Event, GenerateResult, Message, Model, Options
 from tandem.service.channel import open_channel
-from tandem.service.tls import client_tls
-from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem.service.tls import client_files
+from tandem.v1 import inference_pb2
 
 
 class AsyncClient:
@@ -41,12 +41,14 @@ class AsyncClient:
         `tries` in a row may bring nothing before a call fails: a few by default, and for most of a minute once a stream
         has begun.
 
-        `tls_ca` (PEM file) means TLS, with the client's own certificate where `tls_cert` and `tls_key` are given;
-        `tls_server_name`: what the gateway's certificate must name in place of the address. Raises ConfigError.
+        `tls_ca` (PEM file) means TLS, with the client's own certificate where `tls_cert` and `tls_key` are given; files
+        that change are for new calls. `tls_server_name`: what the gateway's certificate must name in place of the
+        address. Raises ConfigError.
         """
-        tls = client_tls(tls_ca, tls_cert, tls_key, tls_server_name)
-        self._route = Route(address, addresses, partial(open_channel, tls=tls), api_key, tries)
-        self._stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(one) for one in self._route.channels]
+        tls = client_files(tls_ca, tls_cert, tls_key, tls_server_name)
+        self._route: Route[grpc.aio.Channel] = Route(
+            address, addresses, lambda one, access: open_channel(one, tls=access), tls, api_key, tries
+        )
         self._timeout = timeout
 
     async def generate(
@@ -84,7 +86,7 @@ class AsyncClient:
         """Events as they come; errors are raised while iterating. Use with `async with`, so that leaving cancels."""
         request = convert.build_request(inference_pb2.GenerateStreamRequest, prompt, token_ids, messages, options)
         tries = Tries(self._route, convert.deadline(timeout, self._timeout))
-        return AsyncStream(self._route, self._stubs, Progress(request, tries))
+        return AsyncStream(self._route, Progress(request, tries))
 
     async def tokenize(
         self, text: str | None = None, *, messages: Sequence[Message] | None = None, model: str = ""
@@ -107,7 +109,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Closes the connection; running calls end."""
         self._route.close()
-        await asyncio.gather(*(channel.close() for channel in self._route.channels))
+        await _close(self._route.connections.all())
 
     async def __aenter__(self) -> Self:
         """The client itself."""
@@ -126,14 +128,20 @@ class AsyncClient:
         while True:
             self._route.check_open()
             at = self._route.at
+            connection = self._route.connections.borrow(at)
             try:
-                return await getattr(self._stubs[at], method)(
-                    request, timeout=tries.remaining, metadata=self._route.metadata
-                )
+                call = getattr(connection.stub, method)
+                return await call(request, timeout=tries.remaining, metadata=self._route.metadata)
             except grpc.RpcError as exc:
                 pause = tries.pause_after(exc, at=at)
+            finally:
+                await _close(self._route.connections.give_back(connection))
             await _pause(self._route, asyncio.Event(), pause)
             request = repeated(request)
+
+
+async def _close(channels: Sequence[grpc.aio.Channel]) -> None:
+    await asyncio.gather(*(channel.close() for channel in channels))
 
 
 async def _pause(route: Route[Any], woken: asyncio.Event, seconds: float) -> None:
@@ -147,10 +155,11 @@ class AsyncStream(AsyncIterator[Event]):
     request. Where a gateway is lost it goes on at another, or at the same once that is back.
     """
 
-    def __init__(self, route: Route[Any], stubs: Sequence[Any], progress: Progress) -> None:
+    def __init__(self, route: Route[grpc.aio.Channel], progress: Progress) -> None:
         """Begins the call; the client makes it."""
-        self._route, self._stubs, self._progress = route, stubs, progress
-        self._over = False
+        self._route, self._progress = route, progress
+        self._connection: Connection[grpc.aio.Channel] | None = None
+        self._over = asyncio.Event()
         self._woken = asyncio.Event()
         """Set by `close`, and by the client's: a pause ends."""
         self._begin()
@@ -159,29 +168,39 @@ class AsyncStream(AsyncIterator[Event]):
     def _begin(self) -> None:
         self._route.check_open()
         self._at = self._route.at
-        stub, progress = self._stubs[self._at], self._progress
-        self._call = stub.GenerateStream(
+        self._connection, progress = self._route.connections.borrow(self._at), self._progress
+        self._call = self._connection.stub.GenerateStream(
             progress.request(), timeout=progress.tries.remaining, metadata=self._route.metadata
         )
 
+    async def _end(self) -> None:
+        """The call is over. Idempotent."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await _close(self._route.connections.give_back(connection))
+
     async def _read(self) -> AsyncIterator[Event]:
-        while not self._over:
-            try:
-                async for response in self._call:
-                    for event in self._progress.take(response):
-                        yield event
-                return
-            except grpc.RpcError as exc:
-                pause = self._progress.pause_after(exc, at=self._at)
-            except asyncio.CancelledError:
-                # gRPC says the same of a call that `close` ended and of a reader whose task is cancelled.
-                task = asyncio.current_task()
-                if not self._over or (task is not None and task.cancelling()):
-                    raise
-                return
-            await _pause(self._route, self._woken, pause)
-            if not self._over:
-                self._begin()
+        try:
+            while not self._over.is_set():
+                try:
+                    async for response in self._call:
+                        for event in self._progress.take(response):
+                            yield event
+                    return
+                except grpc.RpcError as exc:
+                    pause = self._progress.pause_after(exc, at=self._at)
+                except asyncio.CancelledError:
+                    # gRPC says the same of a call that `close` ended and of a reader whose task is cancelled.
+                    task = asyncio.current_task()
+                    if not self._over.is_set() or (task is not None and task.cancelling()):
+                        raise
+                    return
+                await self._end()
+                await _pause(self._route, self._woken, pause)
+                if not self._over.is_set():
+                    self._begin()
+        finally:
+            await self._end()
 
     async def __anext__(self) -> Event:
         """The next event. Raises TandemErrors."""
@@ -189,9 +208,10 @@ class AsyncStream(AsyncIterator[Event]):
 
     async def close(self) -> None:
         """Cancels the request if it still runs. A task that reads the stream comes to its end."""
-        self._over = True
+        self._over.set()
         self._woken.set()
         self._call.cancel()
+        await self._end()
 
     async def __aenter__(self) -> Self:
         """The stream itself."""

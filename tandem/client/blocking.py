@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -12,11 +12,12 @@ from typing import Any, Self, Unpack
 import grpc
 
 from tandem.client import convert
+from tandem.client.connections import Connection
 from tandem.client.going_on import Progress, Route, Tries, named, repeated
 from tandem.client.types import Event, GenerateResult, Message, Model, Options
 from tandem.service.channel import open_blocking_channel
-from tandem.service.tls import client_tls
-from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem.service.tls import client_files
+from tandem.v1 import inference_pb2
 
 
 class Client:
@@ -40,12 +41,14 @@ class Client:
         `tries` in a row may bring nothing before a call fails: a few by default, and for most of a minute once a stream
         has begun.
 
-        `tls_ca` (PEM file) means TLS, with the client's own certificate where `tls_cert` and `tls_key` are given;
-        `tls_server_name`: what the gateway's certificate must name in place of the address. Raises ConfigError.
+        `tls_ca` (PEM file) means TLS, with the client's own certificate where `tls_cert` and `tls_key` are given; files
+        that change are for new calls. `tls_server_name`: what the gateway's certificate must name in place of the
+        address. Raises ConfigError.
         """
-        tls = client_tls(tls_ca, tls_cert, tls_key, tls_server_name)
-        self._route = Route(address, addresses, partial(open_blocking_channel, tls=tls), api_key, tries)
-        self._stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(one) for one in self._route.channels]
+        tls = client_files(tls_ca, tls_cert, tls_key, tls_server_name)
+        self._route: Route[grpc.Channel] = Route(
+            address, addresses, lambda one, access: open_blocking_channel(one, tls=access), tls, api_key, tries
+        )
         self._timeout = timeout
 
     def generate(
@@ -79,7 +82,7 @@ class Client:
         """Events as they come; errors are raised while iterating. Use as a context manager, so that leaving cancels."""
         request = convert.build_request(inference_pb2.GenerateStreamRequest, prompt, token_ids, messages, options)
         tries = Tries(self._route, convert.deadline(timeout, self._timeout))
-        return Stream(self._route, self._stubs, Progress(request, tries))
+        return Stream(self._route, Progress(request, tries))
 
     def tokenize(
         self, text: str | None = None, *, messages: Sequence[Message] | None = None, model: str = ""
@@ -102,8 +105,7 @@ class Client:
     def close(self) -> None:
         """Closes the connection; running calls end."""
         self._route.close()
-        for channel in self._route.channels:
-            channel.close()
+        _close(self._route.connections.all())
 
     def __enter__(self) -> Self:
         """The client itself."""
@@ -122,14 +124,23 @@ class Client:
         while True:
             self._route.check_open()
             at = self._route.at
+            connection = self._route.connections.borrow(at)
             try:
-                return getattr(self._stubs[at], method)(request, timeout=tries.remaining, metadata=self._route.metadata)
+                call = getattr(connection.stub, method)
+                return call(request, timeout=tries.remaining, metadata=self._route.metadata)
             except grpc.RpcError as exc:
                 pause = tries.pause_after(exc, at=at)
+            finally:
+                _close(self._route.connections.give_back(connection))
             closed = threading.Event()
             with self._route.pausing(closed.set):
                 closed.wait(pause)
             request = repeated(request)
+
+
+def _close(channels: Sequence[grpc.Channel]) -> None:
+    for channel in channels:
+        channel.close()
 
 
 class Stream(Iterator[Event]):
@@ -137,9 +148,11 @@ class Stream(Iterator[Event]):
     request. Where a gateway is lost it goes on at another, or at the same once that is back.
     """
 
-    def __init__(self, route: Route[Any], stubs: Sequence[Any], progress: Progress) -> None:
+    def __init__(self, route: Route[grpc.Channel], progress: Progress) -> None:
         """Begins the call; the client makes it."""
-        self._route, self._stubs, self._progress = route, stubs, progress
+        self._route, self._progress = route, progress
+        self._borrowed: list[Connection[grpc.Channel]] = []
+        """One at most; taken out by whoever comes first, the reader or `close` in another thread."""
         self._over = threading.Event()
         self._woken = threading.Event()
         """Set by `close`, and by the client's: a pause ends."""
@@ -149,12 +162,24 @@ class Stream(Iterator[Event]):
     def _begin(self) -> None:
         self._route.check_open()
         self._at = self._route.at
-        stub, progress = self._stubs[self._at], self._progress
-        self._call = stub.GenerateStream(
+        connection, progress = self._route.connections.borrow(self._at), self._progress
+        self._borrowed.append(connection)
+        self._call = connection.stub.GenerateStream(
             progress.request(), timeout=progress.tries.remaining, metadata=self._route.metadata
         )
 
+    def _end(self) -> None:
+        """The call is over. Idempotent."""
+        with contextlib.suppress(IndexError):
+            _close(self._route.connections.give_back(self._borrowed.pop()))
+
     def _read(self) -> Iterator[Event]:
+        try:
+            yield from self._tries()
+        finally:
+            self._end()
+
+    def _tries(self) -> Iterator[Event]:
         while not self._over.is_set():
             try:
                 for response in self._call:
@@ -164,6 +189,7 @@ class Stream(Iterator[Event]):
                 if self._over.is_set():
                     return
                 pause = self._progress.pause_after(exc, at=self._at)
+            self._end()
             with self._route.pausing(self._woken.set):
                 self._woken.wait(pause)
             if not self._over.is_set():
@@ -180,6 +206,7 @@ class Stream(Iterator[Event]):
         self._over.set()
         self._woken.set()
         self._call.cancel()
+        self._end()
 
     def __enter__(self) -> Self:
         """The stream itself."""

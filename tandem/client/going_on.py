@@ -12,11 +12,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import grpc
 
 from tandem.client import convert
+from tandem.client.connections import Channel, Connections, Open
 from tandem.client.types import Event
 from tandem.errors import (
     ConfigError,
@@ -29,9 +30,8 @@ from tandem.errors import (
     UnavailableError,
 )
 from tandem.service import status
+from tandem.service.tls import ClientTls
 from tandem.v1 import inference_pb2 as pb
-
-Channel = TypeVar("Channel")
 
 TRIES = 4
 """Of a call that nothing has come of yet: nobody may be there at all. Two for each gateway, if that is more."""
@@ -53,7 +53,8 @@ class Route(Generic[Channel]):
         self,
         address: str,
         addresses: Sequence[str] | None,
-        open_channel: Callable[[str], Channel],
+        open_channel: Open[Channel],
+        tls: ClientTls | None = None,
         api_key: str | None = None,
         tries: int | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class Route(Generic[Channel]):
         self.addresses = given
         self.metadata = key_metadata(api_key)
         """Goes with every call."""
-        self.channels = [open_channel(one) for one in given]
+        self.connections = Connections(given, open_channel, tls)
         self._at = 0
         self.closed = False
         self._pausing: list[Callable[[], None]] = []

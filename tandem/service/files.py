@@ -81,8 +81,12 @@ class Reloaded(Generic[T]):
         what: str,
         *,
         clock: Callable[[], float] = time.monotonic,
+        quiet: bool = False,
     ) -> None:
-        """`read` makes the value and raises ConfigError; `what` names it in the log; `clock` is in seconds."""
+        """`read` makes the value and raises ConfigError; `what` names it in the log, which a `quiet` one doesn't use:
+        in a program of somebody else's. `clock` is in seconds.
+        """
+        self._quiet = quiet
         self._paths, self._read, self._what, self._clock = tuple(paths), read, what, clock
         self._lock = threading.Lock()
         self._stamps = self._look()
@@ -110,7 +114,7 @@ class Reloaded(Generic[T]):
         try:
             value = self._read()
         except ConfigError as exc:
-            if str(exc) != self._complaint:
+            if str(exc) != self._complaint and not self._quiet:
                 _log.error(f"{self._what} can't be renewed; the last good one stays", error=str(exc))
             self._complaint = str(exc)
             return
@@ -118,7 +122,8 @@ class Reloaded(Generic[T]):
         if value != self._value:  # a changed mode or time alone isn't worth new connections
             self._value = value
             self._version += 1
-        _log.info(f"{self._what} renewed")
+        if not self._quiet:
+            _log.info(f"{self._what} renewed")
 
     def _look(self) -> tuple[Stamp | None, ...]:
         return tuple(stamp(path) for path in self._paths)

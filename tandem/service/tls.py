@@ -131,10 +131,41 @@ class Tls:
         return ChannelTls(grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert), ROLE_NAMES[role])
 
 
+class ClientTls:
+    """How a client of the public API speaks TLS: files that are read again when they change. Thread-safe.
+
+    What can't work leaves the last good ones in place, without a word: the program is somebody else's.
+    """
+
+    def __init__(self, ca: Path, cert: Path | None, key: Path | None, server_name: str) -> None:
+        """Raises ConfigError for files that can't be read, or don't fit."""
+        paths = [path for path in (ca, cert, key) if path is not None]
+        self._server_name = server_name
+        self._pem = Reloaded(paths, lambda: _read_client(ca, cert, key), "the client's certificate", quiet=True)
+
+    @property
+    def version(self) -> int:
+        """Grows when the files have been renewed."""
+        return self._pem.current()[1]
+
+    def current(self) -> tuple[ChannelTls, int]:
+        """For a new channel, with its version."""
+        (trusted, private, chain), version = self._pem.current()
+        return ChannelTls(grpc.ssl_channel_credentials(trusted, private, chain), self._server_name), version
+
+
 def client_tls(
     ca: str | Path | None, cert: str | Path | None = None, key: str | Path | None = None, server_name: str = ""
 ) -> ChannelTls | None:
-    """How a client of the public API speaks TLS: trusting `ca`, with a certificate if one is given; None: in clear.
+    """For one channel, with the files as they are now: see `client_files`."""
+    files = client_files(ca, cert, key, server_name)
+    return None if files is None else files.current()[0]
+
+
+def client_files(
+    ca: str | Path | None, cert: str | Path | None = None, key: str | Path | None = None, server_name: str = ""
+) -> ClientTls | None:
+    """TLS of a client that trusts `ca`, with a certificate if one is given; None: in clear.
 
     Raises ConfigError for files that can't be read, are needed together, or don't fit, and for empty names of files.
     """
@@ -145,13 +176,18 @@ def client_tls(
         return None
     if bool(cert) != bool(key):
         raise ConfigError("--tls-cert: --tls-cert and --tls-key are needed together")
-    chain = read_bounded(Path(cert), "--tls-cert", MAX_PEM_BYTES) if cert else None
-    private = read_bounded(Path(key), "--tls-key", MAX_PEM_BYTES) if key else None
-    trusted = read_bounded(Path(ca), "--tls-ca", MAX_PEM_BYTES)
-    context = _context(Path(ca), ssl.PROTOCOL_TLS_CLIENT)
+    return ClientTls(Path(ca), Path(cert) if cert else None, Path(key) if key else None, server_name)
+
+
+def _read_client(ca: Path, cert: Path | None, key: Path | None) -> tuple[bytes, bytes | None, bytes | None]:
+    """Trusted, private key and chain. Raises ConfigError."""
+    chain = read_bounded(cert, "--tls-cert", MAX_PEM_BYTES) if cert else None
+    private = read_bounded(key, "--tls-key", MAX_PEM_BYTES) if key else None
+    trusted = read_bounded(ca, "--tls-ca", MAX_PEM_BYTES)
+    context = _context(ca, ssl.PROTOCOL_TLS_CLIENT)
     if cert and key:
-        _load_own(context, Path(cert), Path(key))
-    return ChannelTls(grpc.ssl_channel_credentials(trusted, private, chain), server_name)
+        _load_own(context, cert, key)
+    return trusted, private, chain
 
 
 def _server_configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:

@@ -30,6 +30,9 @@ class Noting(pb_grpc.InferenceServiceServicer):
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, str]] = []
+        self.go_on = asyncio.Event()
+        """Before that a stream stays at its beginning."""
+        self.go_on.set()
 
     def _note(self, context: Any) -> None:
         keys = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
@@ -42,6 +45,7 @@ class Noting(pb_grpc.InferenceServiceServicer):
     async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self._note(context)
         yield pb.GenerateStreamResponse(prompt=pb.PromptAccepted(model="fake", seed=1))
+        await self.go_on.wait()
         yield pb.GenerateStreamResponse(delta=pb.ChoiceDelta(text=f"{request.text}{request.cache_salt}"))
         yield pb.GenerateStreamResponse(end=pb.GenerationEnd())
 
@@ -100,6 +104,82 @@ async def test_the_key_and_the_certificate_go_with_every_call(authority: Authori
         await asyncio.to_thread(use_all, address, **access)
         await use_all_async(address, **access, tls_server_name="tandem-gateway")
     assert servicer.seen == [([f"Bearer {KEY}"], "me")] * 10
+
+
+def renew(mine: Issued, renewed: Issued) -> None:
+    """In place of the files."""
+    for old, new in ((mine.key, renewed.key), (mine.cert, renewed.cert)):
+        old.write_bytes(new.read_bytes())
+
+
+def stream_across_a_renewal(address: str, change: Callable[[], None], go_on: Callable[[], None], **access: Any) -> int:
+    """Calls before and after `change`, with a stream over both; how many channels are open in the end."""
+    with Client(address, timeout=10, **access) as client:
+        client.models()
+        events = client.stream("a")
+        next(events)
+        change()
+        client.models()
+        go_on()
+        assert len(list(events)) == 2
+        client.models()
+        return len(client._route.connections.all())
+
+
+async def stream_across_a_renewal_async(
+    address: str, change: Callable[[], None], go_on: Callable[[], None], **access: Any
+) -> int:
+    async with AsyncClient(address, timeout=10, **access) as client:
+        await client.models()
+        events = client.stream("a")
+        await anext(events)
+        change()
+        await client.models()
+        go_on()
+        assert len([event async for event in events]) == 2
+        await client.models()
+        return len(client._route.connections.all())
+
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+async def test_a_renewed_certificate_is_for_new_calls(authority: Authority, kind: str) -> None:
+    """Running ones go on with the old one, whose connection is closed with the last of them."""
+    issued, mine, renewed = authority.issue("g", "tandem-gateway"), authority.issue("me"), authority.issue("renewed")
+    access = {"tls_ca": issued.ca, "tls_cert": mine.cert, "tls_key": mine.key}
+    loop = asyncio.get_running_loop()
+    async with gateway(issued, client_certificates=True) as (servicer, address):
+        servicer.go_on.clear()
+
+        def change() -> None:
+            renew(mine, renewed)
+
+        def go_on() -> None:
+            loop.call_soon_threadsafe(servicer.go_on.set)
+
+        if kind == "async":
+            left = await stream_across_a_renewal_async(address, change, go_on, **access)
+        else:
+            left = await asyncio.to_thread(stream_across_a_renewal, address, change, go_on, **access)
+    assert left == 1
+    assert [name for _, name in servicer.seen] == ["me", "me", "renewed", "renewed"]
+
+
+async def test_files_that_cannot_work_leave_the_certificate_as_it_was(
+    authority: Authority, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a word: stdout and stderr are the program's."""
+    issued, mine = authority.issue("g", "tandem-gateway"), authority.issue("me")
+    access = {"tls_ca": issued.ca, "tls_cert": mine.cert, "tls_key": mine.key}
+    async with gateway(issued, client_certificates=True) as (servicer, address):
+        capfd.readouterr()
+        async with AsyncClient(address, timeout=10, **access) as client:
+            await client.models()
+            mine.key.write_bytes(issued.key.read_bytes())
+            await client.models()
+            mine.cert.unlink()
+            await client.models()
+        assert capfd.readouterr() == ("", "")
+    assert [name for _, name in servicer.seen] == ["me"] * 3
 
 
 async def test_in_clear_and_without_a_key(authority: Authority) -> None:
