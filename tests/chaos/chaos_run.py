@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from chaos_faults import Faults, draw
 from chaos_leaks import Leaks
+from chaos_outages import Outages
 from chaos_stack import Stack, children
 from chaos_streams import DEADLINE, Answer, Clients, answer_of, cases, difference
 
@@ -21,6 +22,7 @@ from tandem.client import AsyncClient
 
 QUIET_EVERY = 60.0
 PROGRESS_EVERY = 10.0
+LOOK_EVERY = 0.2
 WORKER_FLAGS = ("--compute", "exact", "--threads", "1", "--num-blocks", "256", "--drain-grace", "1")
 GATEWAY_FLAGS = ("--drain-grace", "1", "--max-deaths", "1000", "--max-migrations", "1000")
 """A request may meet any number of faults here; a gateway that takes it for their cause would be right elsewhere."""
@@ -46,6 +48,8 @@ class Verdict:
     seconds: float = 0.0
     streams: int = 0
     tokens: int = 0
+    excused: int = 0
+    """Streams that failed while no process of some role was alive for longer than their deadline."""
     faults: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     rss_mib: list[int] = field(default_factory=list)
@@ -98,6 +102,8 @@ class Run:
         await leaks.look()
         streams = asyncio.create_task(clients.run())
         ticker = asyncio.create_task(self._tick(clients, faults))
+        outages = clients.outages = Outages(stack.roles_up)
+        watcher = asyncio.create_task(_watch(outages))
         try:
             ends = time.monotonic() + self._settings.seconds
             while time.monotonic() < ends and not self._failed(clients, leaks):
@@ -112,7 +118,8 @@ class Run:
             await asyncio.wait({streams}, timeout=DEADLINE + 30)
             self._conclude(clients, faults, leaks)
             streams.cancel()
-            await asyncio.gather(streams, ticker, return_exceptions=True)
+            watcher.cancel()
+            await asyncio.gather(streams, ticker, watcher, return_exceptions=True)
 
     async def _storm(self, stack: Stack, faults: Faults, until: float) -> None:
         """One fault after the other, each as soon as every role has a worker again."""
@@ -135,7 +142,7 @@ class Run:
 
     def _conclude(self, clients: Clients, faults: Faults, leaks: Leaks) -> None:
         verdict = self._verdict
-        verdict.streams, verdict.tokens = clients.completed, clients.tokens
+        verdict.streams, verdict.tokens, verdict.excused = clients.completed, clients.tokens, clients.excused
         verdict.fault_log = faults.log
         for entry in faults.log:
             verdict.faults[entry["kind"]] = verdict.faults.get(entry["kind"], 0) + 1
@@ -155,6 +162,12 @@ class Run:
 
     def _say(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:7.1f} s  {text}", flush=True)
+
+
+async def _watch(outages: Outages) -> None:
+    while True:
+        outages.look()
+        await asyncio.sleep(LOOK_EVERY)
 
 
 def _segments() -> set[str]:

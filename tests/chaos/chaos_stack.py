@@ -176,9 +176,13 @@ class Stack:
         """What processes did that none may."""
         return [problem for place in self.places for problem in place.problems]
 
+    def roles_up(self) -> dict[str, bool]:
+        """Whether at least one process of a role serves."""
+        return {role: any(place.up for place in self.of(role)) for role in {place.role for place in self.places}}
+
     def each_role_up(self) -> bool:
         """At least one process of each role serves."""
-        return all(any(place.up for place in self.of(role)) for role in {place.role for place in self.places})
+        return all(self.roles_up().values())
 
     def all_up(self) -> bool:
         """All of them."""

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from chaos_outages import Outages
+
 from tandem.client import AsyncClient, Delta, End, Finished, PromptAccepted
 from tandem.errors import TandemError
 
 DEADLINE = 120.0
 TRIES = 1000
 """No bound but the deadline."""
+FAILED_PAUSE = 0.2
 STORY = "Once upon a time there was a lighthouse keeper who counted ships. "
 Answer = dict[str, Any]
 
@@ -106,6 +109,9 @@ class Clients:
     completed: int = 0
     tokens: int = 0
     failures: list[str] = field(default_factory=list)
+    outages: Outages | None = None
+    excused: int = 0
+    """Streams that failed as they may: see `chaos_outages`."""
     paused: bool = False
     stopping: bool = False
     running: int = 0
@@ -132,11 +138,15 @@ class Clients:
                 self.running -= 1
 
     async def _compare(self, client: AsyncClient, number: int) -> None:
+        began = self.outages.clock() if self.outages is not None else 0.0
         try:
             got = await answer_of(client, self.cases[number])
         except (TandemError, AssertionError) as exc:
+            if self.outages is not None and self.outages.excuse(exc, began, DEADLINE):
+                self.excused += 1
+                return
             self.failures.append(f"case {number}: {type(exc).__name__}: {exc}")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(FAILED_PAUSE)
             return
         if problem := difference(got, self.wanted[number]):
             self.failures.append(f"case {number}: {problem}")
