@@ -5,9 +5,10 @@
     python -m bench.goodput --markdown docs/goodput.md --page-only      # the page of what was measured
 
 Both ways run on the same cores with the same threads in all: `tandem up --threads T/2` (a prefill and a decode worker)
-and `tandem up --prefill 0 --threads T`. Requests arrive by a Poisson process, the same for both. A request is good when
-all its tokens came, the first within `--ttft` and the rest at `--itl` a token on average; goodput is good requests a
-second of the time in which requests arrived. The largest gap is that between two tokens of any stream.
+and `tandem up --prefill 0 --threads T`, one after the other for each load, the first of the two in turns. Requests
+arrive by a Poisson process, the same for both. A request is good when all its tokens came, the first within `--ttft`
+and the rest at `--itl` a token on average; goodput is good requests a second of the time in which requests arrived. The
+largest gap is that between two tokens of any stream.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import asyncio
 import datetime
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ MIXES = "512:32,128:128,2048:64,128:128+2048:64"
 RATES = "0.25,0.5,1,2"
 RESULTS = Path("bench/results")
 WAYS = ("disaggregated", "aggregated")
+ALIKE = ("machine", "threads", "limits", "seconds", "seed", "version")
+"""Facts that must be the same in all results on one page."""
 Row = dict[str, object]
 
 
@@ -75,31 +78,37 @@ def row_of(way: str, mix: Mix, rate: float, seconds: float, limits: Limits, outc
     }
 
 
-async def measure(gateway: str, loads: Sequence[tuple[Mix, list[Arrival]]], progress: Progress) -> list[list[Outcome]]:
-    """Each load after the other, after one request that is not counted."""
-    results = []
+async def measure(
+    gateway: str, mix: Mix, arrivals: Sequence[Arrival], told: Callable[[Outcome], None]
+) -> list[Outcome]:
+    """One load, after one request that is not counted."""
     async with AsyncClient(gateway) as client:
         send = sender(client, (await client.models())[0].vocab_size)
-        await send(Arrival(0.0, loads[0][0].shapes[0], 0), StreamTrace())
-        for mix, arrivals in loads:
-            task = progress.add_task(mix.name, total=len(arrivals))
-            results.append(await run_load(arrivals, send, partial(_advance, progress, task)))
-    return results
+        await send(Arrival(0.0, mix.shapes[0], 0), StreamTrace())
+        return await run_load(arrivals, send, told)
 
 
 def _advance(progress: Progress, task: TaskID, _: Outcome) -> None:
     progress.advance(task)
 
 
-def run_way(way: str, arguments: argparse.Namespace, progress: Progress) -> Iterator[Row]:
-    """All mixes and rates in one stack."""
-    cases = [(mix, rate) for mix in arguments.mixes for rate in arguments.rates]
-    loads = [(mix, poisson(mix, rate, arguments.seconds, arguments.seed)) for mix, rate in cases]
+def in_turns(ways: Sequence[str], number: int) -> list[str]:
+    """The ways in the order in which load `number` takes them: each goes first half of the time."""
+    first = number % len(ways)
+    return [*ways[first:], *ways[:first]]
+
+
+def run_loads(arguments: argparse.Namespace, progress: Progress) -> Iterator[Row]:
+    """Every mix and rate by each way, one after the other, each in a stack of its own."""
     limits = Limits(arguments.ttft, arguments.itl)
-    with Stack([*flags_of(way, arguments.threads), "--model", arguments.model]) as stack:
-        results = asyncio.run(measure(stack.gateway, loads, progress))
-    for (mix, rate), outcomes in zip(cases, results, strict=True):
-        yield row_of(way, mix, rate, arguments.seconds, limits, outcomes)
+    cases = [(mix, rate) for mix in arguments.mixes for rate in arguments.rates]
+    for number, (mix, rate) in enumerate(cases):
+        arrivals = poisson(mix, rate, arguments.seconds, arguments.seed)
+        for way in in_turns(arguments.ways, number):
+            task = progress.add_task(f"{mix.name} at {rate:g}, {way}", total=len(arrivals))
+            with Stack([*flags_of(way, arguments.threads), "--model", arguments.model]) as stack:
+                outcomes = asyncio.run(measure(stack.gateway, mix, arrivals, partial(_advance, progress, task)))
+            yield row_of(way, mix, rate, arguments.seconds, limits, outcomes)
 
 
 def write_result(folder: Path, arguments: argparse.Namespace, rows: Sequence[Row]) -> Path:
@@ -128,9 +137,11 @@ def merge(results: Sequence[Mapping[str, object]]) -> tuple[Mapping[str, object]
     """
     if not results:
         raise ConfigError("no results: run python -m bench.goodput first")
-    alike = [{key: result["facts"][key] for key in ("machine", "threads", "limits")} for result in results]  # type: ignore[index]
-    if any(facts != alike[-1] for facts in alike):
-        raise ConfigError("--results: the files were not measured alike (machine, threads, limits); name fewer")
+    for key in ALIKE:
+        said = {json.dumps(result["facts"].get(key), sort_keys=True) for result in results}  # type: ignore[attr-defined]
+        if len(said) > 1:
+            what = " or ".join(sorted(said))
+            raise ConfigError(f"--results: the files were not measured alike: {key} is {what}; name fewer")
     rows = {(row["way"], row["mix"], row["rate"]): row for result in results for row in result["rows"]}  # type: ignore[attr-defined]
     return results[-1]["facts"], sorted(rows.values(), key=lambda row: (row["mix"], row["rate"], row["way"]))  # type: ignore[return-value]
 
@@ -181,7 +192,7 @@ def main() -> None:
     _check(arguments)
     if not arguments.page_only:
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            rows = [row for way in arguments.ways for row in run_way(way, arguments, progress)]
+            rows = list(run_loads(arguments, progress))
         emit(rows, as_json=arguments.json)
         print(f"written to {write_result(RESULTS, arguments, rows)}", file=sys.stderr)
     if arguments.markdown is not None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 
 from bench import goodput
 from bench.goodput import Limits, flags_of, merge, parse_rates, row_of, write_result
@@ -109,9 +110,57 @@ def test_results_are_merged_and_the_last_counts(tmp_path: Path) -> None:
     text = page(facts, merged)
     assert "Of 2 loads, disaggregated has the higher goodput in 2, aggregated in 0." in text
     assert "    line [9.000, 2.000]\n    line [1.000, 1.000]" in text
-    second["facts"]["threads"] = 4
-    with pytest.raises(ConfigError, match="not measured alike"):
-        merge([first, second])
+    for key, other in (
+        ("threads", 4),
+        ("seconds", 2.0),
+        ("seed", 2),
+        ("version", "another"),
+        ("limits", {"ttft": 2.0}),
+    ):
+        unlike = {**second, "facts": {**second["facts"], key: other}}
+        with pytest.raises(ConfigError, match=f"not measured alike: {key} is"):
+            merge([first, unlike])
+    merge([first, second])
+
+
+def test_ways_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes first at every second load, in a stack of its own."""
+    started: list[list[str]] = []
+
+    class FakeStack:
+        gateway = "127.0.0.1:1"
+
+        def __init__(self, flags: list[str]) -> None:
+            started.append(flags)
+
+        def __enter__(self) -> FakeStack:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Stops."""
+
+    async def measured(*_: object) -> list[Outcome]:
+        return []
+
+    monkeypatch.setattr(goodput, "Stack", FakeStack)
+    monkeypatch.setattr(goodput, "measure", measured)
+    arguments = argparse.Namespace(
+        mixes=[MIX],
+        rates=[1.0, 2.0, 4.0],
+        ways=list(goodput.WAYS),
+        seconds=1.0,
+        seed=1,
+        ttft=1.0,
+        itl=0.1,
+        threads=2,
+        model="m",
+    )
+    with Progress(disable=True) as progress:
+        rows = list(goodput.run_loads(arguments, progress))
+    apart, together = goodput.WAYS
+    assert [row["way"] for row in rows] == [apart, together, together, apart, apart, together]
+    assert [row["rate"] for row in rows] == [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
+    assert len(started) == 6
 
 
 def test_a_stack_is_stopped_and_its_failure_is_told() -> None:
