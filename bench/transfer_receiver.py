@@ -13,6 +13,7 @@ import json
 import random
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
@@ -84,6 +85,7 @@ class ReceivingEnd:
         self.endpoints: dict[str, bytes] = {}
         """Of the sending process, by transport."""
         self._views: dict[str, SourceView] = {}
+        self._sums: dict[int, int] = {}
 
     async def __aenter__(self) -> Self:
         """Start both."""
@@ -148,12 +150,20 @@ class ReceivingEnd:
             return 0.0
         count = self._layout.blocks_for(tokens)
         blocks = tuple(self.source_blocks[:count])
-        offer = Offer(0, 0, tokens, blocks, (0,) * count)
+        sums = tuple(self._sum_of(block) for block in blocks) if transport == "nixl" else ()
+        offer = Offer(0, 0, tokens, blocks, (0,) * count, checksums=sums)
         start = time.perf_counter()
         view.copy(offer, self.pool, self._blocks[:count])
         seconds = time.perf_counter() - start
         self._check(self._blocks[:count])
         return seconds
+
+    def _sum_of(self, block: int) -> int:
+        """Of the sender's block, as its offer would say."""
+        fill = fill_of(block)
+        if fill not in self._sums:
+            self._sums[fill] = zlib.crc32(bytes([fill]) * self._layout.block_bytes)
+        return self._sums[fill]
 
     def _check(self, blocks: Sequence[int]) -> None:
         """The first and the last byte of every block, overwritten for the next transfer."""

@@ -20,13 +20,14 @@ from decode_service.events import Admission
 from decode_service.feeds import Feed
 from decode_service.streams import OutputStream, Retargeted
 from decode_service.worker import HEARTBEAT_SECONDS, DecodeWorker
-from kv_transfer.leases import Lease
+from kv_transfer.leases import COPY_WAIT_SECONDS, Lease
 from tandem.errors import (
     DeadlineError,
     IncompatibleError,
     InternalError,
     InvalidRequestError,
     TandemError,
+    UnavailableError,
 )
 from tandem.record import Record
 from tandem.service import wire
@@ -244,7 +245,10 @@ async def _until_first(writer: asyncio.Task[None], failed: asyncio.Future[None])
 
 
 async def _quiet(lease: Lease) -> None:
-    """Waits until no copy into the lease's blocks is in flight."""
+    """Waits until no copy into the lease's blocks is in flight.
+
+    Raises UnavailableError when one doesn't end: the request can go on with other blocks, here or elsewhere.
+    """
     loop = asyncio.get_running_loop()
     quiet = asyncio.Event()
 
@@ -252,4 +256,7 @@ async def _quiet(lease: Lease) -> None:
         loop.call_soon_threadsafe(quiet.set)
 
     lease.when_quiet(set_quiet)
-    await quiet.wait()
+    try:
+        await asyncio.wait_for(quiet.wait(), COPY_WAIT_SECONDS)
+    except TimeoutError:
+        raise UnavailableError("a copy of an earlier attempt is still running", reason="COPY_IN_FLIGHT") from None

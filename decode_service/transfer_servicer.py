@@ -1,6 +1,6 @@
 """KvTransferService: a prefill worker's blocks come in, copied by this process into its own pool.
 
-Life of a `Transfer` call: Open (the attempt is taken) -> Offers, each copied by a small thread pool and acknowledged,
+Life of a `Transfer` call: Open (the attempt is taken) -> Offers, each copied by a few threads and acknowledged,
 several at a time -> Commit: all copies over, generations checked, compare-and-set on the lease, the sequence handed to
 the engine thread -> Committed. The call dies alone: the lease lives on for another attempt. It ends when the lease or
 the attempt does.
@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 
+from decode_service.transfer_threads import Threads
 from decode_service.worker import HEARTBEAT_SECONDS, DecodeWorker
-from kv_transfer.messages import Ack, Commit, Committed, Offer, Opened
+from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
 from kv_transfer.peers import Identity
 from kv_transfer.session import CopyPlan, Receiver, ReceiveSession
 from kv_transfer.staging import StagingPool
@@ -31,12 +31,10 @@ from worker import transfer_messages as messages
 from worker import transfer_wire
 
 _log = get_logger(__name__)
-_T = TypeVar("_T")
 Requests = AsyncIterator[kv_transfer_pb2.TransferRequest | Offer]
 Context = grpc.aio.ServicerContext[Any, Any]
 SERVICE = "tandem.v1.KvTransferService"
 FIRST_MESSAGE_SECONDS = 10.0
-COPY_THREADS = 4
 
 
 class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
@@ -47,7 +45,7 @@ class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
         identity = worker.identity
         self._worker = worker
         self._transports = transports
-        self._executor = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="kv-copy")
+        self._threads = Threads()
         self._receiver = Receiver(
             leases=worker.leases,
             pool=worker.pool_memory,
@@ -56,12 +54,12 @@ class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
             numerics_id=identity.numerics_id,
             transports=transports,
             convert_dtype=identity.convert_kv_dtype,
-            staging=StagingPool(COPY_THREADS),
+            staging=StagingPool(),
         )
 
     def close(self) -> None:
         """No more copies; forgets every sender."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._threads.close()
         for transport in self._transports.values():
             transport.close()
 
@@ -71,7 +69,7 @@ class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
         """See proto/tandem/v1/kv_transfer.proto."""
         if self._worker.stopping:
             raise self._worker.stopped_error()
-        transfer = _Transfer(self._worker, self._receiver, self._executor, context)
+        transfer = _Transfer(self._worker, self._receiver, self._threads, context)
         metrics = self._worker.metrics
         try:
             await transfer.run(aiter(request_iterator))
@@ -98,11 +96,9 @@ def add_to_server(servicer: TransferServicer, server: grpc.aio.Server) -> None:
 class _Transfer:
     """One call's state."""
 
-    def __init__(
-        self, worker: DecodeWorker, receiver: Receiver, executor: ThreadPoolExecutor, context: Context
-    ) -> None:
+    def __init__(self, worker: DecodeWorker, receiver: Receiver, threads: Threads, context: Context) -> None:
         self._worker = worker
-        self._executor = executor
+        self._threads = threads
         self._context = context
         peer = peer_of(context)
         identity = Identity(peer.dns_names.union(peer.uris), peer.fingerprint)
@@ -172,8 +168,13 @@ class _Transfer:
             # Apart from the first message: a write given up before it sent the headers would take the status with it.
             await self._context.send_initial_metadata(())
             self._beats = asyncio.create_task(self._beat())
-        await self._answer(await self._in_thread(lambda: self._session.on_open(opening)))
+        await self._answer(await self._threads.talk(lambda: self._on_open(opening)))
         return opening.attempt
+
+    def _on_open(self, opening: Open) -> Opened:
+        opened = self._session.on_open(opening)
+        self._session.wait_for_older()
+        return opened
 
     async def _read(self, requests: Requests) -> None:
         async for request in requests:
@@ -197,7 +198,7 @@ class _Transfer:
 
     async def _copy(self, plan: CopyPlan) -> None:
         try:
-            ack = await self._in_thread(lambda: self._session.copy(plan))
+            ack = await self._threads.copy(lambda: self._session.copy(plan), self._session.turn)
             self._bytes_copied += len(plan.target_blocks) * self._block_bytes
             await self._answer(ack)
         except (TandemError, grpc.RpcError) as exc:
@@ -222,7 +223,7 @@ class _Transfer:
 
     async def _take(self, commit: Commit) -> Committed:
         key = self._worker.key_of(self._session.lease)
-        committed = await self._in_thread(lambda: self._session.on_commit(commit))
+        committed = await self._threads.talk(lambda: self._session.on_commit(commit))
         if committed.already_committed:
             self._count()
             return committed
@@ -246,6 +247,3 @@ class _Transfer:
     async def _answer(self, answer: Opened | Ack | Committed) -> None:
         async with self._write_lock:
             await self._context.write(messages.answer_to_pb(answer))
-
-    async def _in_thread(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)

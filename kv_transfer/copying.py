@@ -21,6 +21,16 @@ def check_payload_free(offer: Offer) -> None:
         raise InvalidRequestError("this transport takes no bytes in the stream", field="offer.payload")
 
 
+def check_checksums(offer: Offer) -> None:
+    """Refuse an offer without a checksum for each block, or with bytes in the stream (InvalidRequestError)."""
+    if offer.payload or len(offer.checksums) != len(offer.blocks):
+        raise InvalidRequestError(
+            f"{len(offer.payload)} bytes in the stream and {len(offer.checksums)} checksums for {len(offer.blocks)} "
+            "blocks: this transport takes a checksum of each and no bytes",
+            field="offer.checksums",
+        )
+
+
 def check_blocks(offer: Offer, num_blocks: int) -> None:
     """Every offered block is one of the sender's `num_blocks` (InvalidRequestError)."""
     for block in offer.blocks:
@@ -52,6 +62,17 @@ def check_generations(offer: Offer, source: PoolMemory) -> None:
 def stale_block(block: int) -> StaleError:
     """What a generation that changed means."""
     return StaleError(f"block {block} was handed out again by the sender", reason="STALE_GENERATION")
+
+
+def corrupt_block(offer: Offer, place: int) -> DataCorruptionError:
+    """What a checksum that differs means; `place` of the block in the offer."""
+    return DataCorruptionError(f"block {place} of offer {offer.sequence} has another checksum", reason="CHECKSUM")
+
+
+def checksums(pool: PoolMemory, blocks: Sequence[int]) -> tuple[int, ...]:
+    """CRC-32 of each block's bytes."""
+    size, buffer = pool.block_bytes, pool.buffer
+    return tuple(zlib.crc32(buffer[block * size : (block + 1) * size]) for block in blocks)
 
 
 def copy_blocks(
@@ -106,7 +127,7 @@ def copy_payload(
         check_stop(stop)
         piece = payload[i * size : (i + 1) * size]
         if zlib.crc32(piece) != checksum:
-            raise DataCorruptionError(f"block {i} of offer {offer.sequence} has another checksum", reason="CHECKSUM")
+            raise corrupt_block(offer, i)
         copy_bytes(piece, target, into)
 
 

@@ -80,6 +80,11 @@ class GrpcTarget:
     """The receiver's end."""
 
     name = "grpc"
+    side_by_side = True
+
+    def claims(self, endpoint: bytes) -> tuple[bytes, ...]:
+        """There is no endpoint."""
+        return ()
 
     def connect(self, endpoint: bytes, source_incarnation: str, layout: KvLayout) -> PayloadReader:
         """See `TargetTransport.connect`; there is nowhere to connect to."""

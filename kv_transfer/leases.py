@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 
+from kv_transfer.unsettled import lent
 from tandem.errors import InternalError, NotFoundError, OverloadedError, StaleError, UnavailableError
 
 Callback = Callable[[], None]
@@ -138,19 +139,23 @@ class Lease:
             self._committed = True
             return CommitResult.COMMITTED
 
+    def wait_for_older(self, attempt: int, timeout: float = COPY_WAIT_SECONDS) -> None:
+        """Until no copy of an older attempt is in flight, as `copying` does. Raises what it raises."""
+        with self._changed:
+            self._wait_for_older(attempt, timeout)
+
     @contextmanager
     def copying(self, attempt: int, timeout: float = COPY_WAIT_SECONDS) -> Iterator[Callable[[], bool]]:
         """Around one copy into the blocks; gives the copy's `stop`.
 
-        Waits up to `timeout` s for copies of older attempts.
+        Waits up to `timeout` s for copies of older attempts. One that fails and may still write stays in flight
+        (`kv_transfer.unsettled`).
 
         Raises StaleError if the attempt may not write (any more), UnavailableError if an older copy doesn't end.
         """
         self._begin_copy(attempt, timeout)
-        try:
+        with lent(lambda: self._end_copy(attempt)):
             yield lambda: not self.is_current(attempt)
-        finally:
-            self._end_copy(attempt)
 
     def is_current(self, attempt: int) -> bool:
         """True while `attempt` may write."""
@@ -191,17 +196,20 @@ class Lease:
         return StaleError(f"lease {self.lease_id} {what}", reason=reason)
 
     def _begin_copy(self, attempt: int, timeout: float) -> None:
+        with self._changed:
+            self._wait_for_older(attempt, timeout)
+            self._in_flight[attempt] += 1
+
+    def _wait_for_older(self, attempt: int, timeout: float) -> None:
         def settled() -> bool:
             return set(self._in_flight) <= {attempt} or not self.is_current(attempt)
 
-        with self._changed:
-            self._require_current(attempt)
-            if not self._changed.wait_for(settled, timeout):
-                raise UnavailableError(
-                    f"lease {self.lease_id}: a copy of an earlier attempt is still running", reason="COPY_IN_FLIGHT"
-                )
-            self._require_current(attempt)
-            self._in_flight[attempt] += 1
+        self._require_current(attempt)
+        if not self._changed.wait_for(settled, timeout):
+            raise UnavailableError(
+                f"lease {self.lease_id}: a copy of an earlier attempt is still running", reason="COPY_IN_FLIGHT"
+            )
+        self._require_current(attempt)
 
     def _end_copy(self, attempt: int) -> None:
         with self._changed:

@@ -84,6 +84,11 @@ class MemoryTarget:
     """The receiver's end."""
 
     name = "memory"
+    side_by_side = True
+
+    def claims(self, endpoint: bytes) -> tuple[bytes, ...]:
+        """None beside the whole."""
+        return ()
 
     def connect(self, endpoint: bytes, source_incarnation: str, layout: KvLayout) -> PoolReader:
         """See `TargetTransport.connect`."""

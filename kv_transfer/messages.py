@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from tandem.kv_layout import KvLayout
 from tandem.record import Record
 
+MAX_INCARNATION = 256
+"""Most characters of an incarnation, and most bytes where transports write it down."""
+SECRET_BYTES = 32
+"""Of a sender's secret, and of those that transports prove to each other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Open:
@@ -52,7 +57,7 @@ class Offer:
     payload: bytes | memoryview = b""
     """The blocks one after another, when the bytes ride in the stream. A view where they came in."""
     checksums: tuple[int, ...] = ()
-    """CRC-32 of each block's bytes; empty where the transport needs none."""
+    """CRC-32 of each block's bytes, whenever they go over a network; empty where both ends see the same memory."""
 
 
 @dataclass(frozen=True, slots=True)

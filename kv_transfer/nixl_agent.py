@@ -10,6 +10,7 @@ Posting and polling release the interpreter's lock; on one machine the bytes are
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -17,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,14 @@ _QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal"}
 """Both libraries write to stdout and stderr, which belong to the worker; what goes wrong comes as an error, too."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3
 """Seconds between two looks at a read; doubled from one to the other."""
+
+
+@dataclass(slots=True)
+class Posted:
+    """A read that was posted. `state` as NIXL last said it."""
+
+    transfer: Any
+    state: str
 
 
 def installed() -> bool:
@@ -137,41 +147,51 @@ class NixlAgent:
             except Exception as error:
                 raise _gone(error) from error
 
-    def release(self, prepared: Any) -> None:
-        """Give descriptors back."""
-        with self._lock:
-            prepared.release()
+    def release(self, held: Any) -> None:
+        """Give descriptors, or a transfer that is over, back. What NIXL can't release yet it keeps to its own end."""
+        with self._lock, contextlib.suppress(Exception):
+            held.release()
 
-    def read(self, into: Any, into_pieces: Sequence[int], source: Any, source_pieces: Sequence[int]) -> Any:
-        """Post a read of pieces of a peer's memory into pieces of ours; goes to `wait`. Raises UnavailableError."""
+    def read(self, into: Any, into_pieces: Sequence[int], source: Any, source_pieces: Sequence[int]) -> Posted:
+        """Post a read of pieces of a peer's memory into pieces of ours; goes to `wait`.
+
+        Raises UnavailableError; some of the pieces may arrive nevertheless.
+        """
         numbers = [np.fromiter(pieces, dtype=np.int32) for pieces in (into_pieces, source_pieces)]
         with self._lock:
             agent, transfer = self._alive(), None
             try:
                 transfer = agent.make_prepped_xfer("READ", into, numbers[0], source, numbers[1])
-                return transfer, agent.transfer(transfer)
+                return Posted(transfer, agent.transfer(transfer))
             except Exception as error:
                 if transfer is not None:
-                    transfer.release()
+                    with contextlib.suppress(Exception):
+                        transfer.release()
                 raise _gone(error) from error
 
-    def wait(self, posted: Any) -> None:
-        """Wait until a read is over. Raises UnavailableError if it failed.
+    def wait(self, posted: Posted, seconds: float) -> None:
+        """Wait until a read is over, and release it.
 
-        There is no limit and no way to give a read up: releasing one that is under way doesn't keep the network card
-        from writing. UCX ends reads from a peer that is lost.
+        Raises UnavailableError if it failed (SOURCE_GONE) or isn't over after `seconds` (SOURCE_SILENT): it stays as it
+        is then. Releasing one that is under way doesn't keep the network card from writing: see `over`.
         """
-        transfer, state = posted
-        pause = _FIRST_PAUSE
-        while state == "PROC":
+        pause, end = _FIRST_PAUSE, time.monotonic() + seconds
+        while posted.state == "PROC" and time.monotonic() < end:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-            with self._lock:
-                state = _state_of(self._alive(), transfer)
-        with self._lock:
-            transfer.release()
-        if state != "DONE":
+            self.over(posted)
+        if posted.state == "PROC":
+            raise UnavailableError(f"a read of the sender's memory takes over {seconds:g} s", reason="SOURCE_SILENT")
+        if posted.state != "DONE":
             raise _gone(None)
+        self.release(posted.transfer)
+
+    def over(self, posted: Posted) -> bool:
+        """Look at a read once: False while it is under way."""
+        with self._lock:
+            if posted.state == "PROC":
+                posted.state = _state_of(self._agent, posted.transfer)
+            return posted.state != "PROC"
 
     def progress(self) -> None:
         """Answer peers that connect, and move what they read where the network can't do that alone."""
@@ -204,6 +224,7 @@ def start_agent(name: str) -> NixlAgent:
 
 
 def _state_of(agent: Any, transfer: Any) -> str:
+    """ERR, too, when the agent is closed: then nothing is under way."""
     try:
         return str(agent.check_xfer_state(transfer))
     except Exception:

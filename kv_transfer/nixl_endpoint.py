@@ -1,6 +1,7 @@
 """What a NIXL source says of itself in Open: whose pool, where it lies, and its agent's metadata, as bytes.
 
-The same bytes for an incarnation's whole life.
+The same bytes for an incarnation's whole life. Of the metadata, which NIXL writes, the head is read here as well: the
+agent's name and its addresses, for nobody else may have either (`claims`), and no agent is loaded under another's name.
 """
 
 from __future__ import annotations
@@ -8,14 +9,19 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from kv_transfer.messages import MAX_INCARNATION
 from kv_transfer.pool import MAX_POOL_BYTES
 from kv_transfer.segments import DEVICE, HOST, Segment
 from tandem.errors import InvalidRequestError
 
-_MAGIC = b"tandem-nixl-1:"
+_MAGIC = b"tandem-nixl-2:"
 _HEAD = struct.Struct("<BIQQQQHHI")
 _KINDS = (HOST, DEVICE)
-MAX_NAME_BYTES = 256
+MAX_BLOCKS = 1 << 20
+"""A receiver keeps descriptors of every block, of about 100 bytes each."""
+_NIXL_MAGIC = b"nixlSerDes|"
+_NIXL_LENGTH = struct.Struct("<Q")
+_MAX_BACKENDS = 8
 _MAX_METADATA = 1 << 16
 _MAX_ADDRESS = 1 << 64
 
@@ -38,6 +44,16 @@ class Endpoint:
     def block_bytes(self) -> int:
         """Bytes a block."""
         return self.blocks.nbytes // self.num_blocks
+
+    def claims(self) -> tuple[bytes, ...]:
+        """What no other incarnation may present: the agent's name and each of its addresses.
+
+        Raises InvalidRequestError when the metadata's agent isn't the one that the endpoint names, or isn't NIXL's.
+        """
+        name, addresses = metadata_head(self.metadata)
+        if name != self.agent.encode():
+            raise InvalidRequestError("the endpoint names another agent than its metadata", field="open.endpoint")
+        return (name, *addresses)
 
     def encode(self) -> bytes:
         """For Open."""
@@ -64,9 +80,9 @@ class Endpoint:
         kind, device, address, nbytes, generations, num_blocks, *sizes = _HEAD.unpack_from(data, len(_MAGIC))
         if len(data) != at + sum(sizes) or kind >= len(_KINDS):
             raise _malformed()
-        if not all(sizes) or max(sizes[:2]) > MAX_NAME_BYTES or sizes[2] > _MAX_METADATA:
+        if not all(sizes) or max(sizes[:2]) > MAX_INCARNATION or sizes[2] > _MAX_METADATA:
             raise _malformed()
-        if not num_blocks or not 0 < nbytes <= MAX_POOL_BYTES or nbytes % num_blocks:
+        if not 0 < num_blocks <= MAX_BLOCKS or not 0 < nbytes <= MAX_POOL_BYTES or nbytes % num_blocks:
             raise _malformed()
         if address + nbytes > _MAX_ADDRESS or generations + 8 * num_blocks > _MAX_ADDRESS:
             raise _malformed()
@@ -76,6 +92,37 @@ class Endpoint:
         except UnicodeDecodeError as error:
             raise _malformed() from error
         return cls(*names, Segment(address, nbytes, _KINDS[kind], device), generations, num_blocks, data[-sizes[2] :])
+
+
+def metadata_head(metadata: bytes) -> tuple[bytes, list[bytes]]:
+    """Of an agent's metadata its name, and its address for each backend. Raises InvalidRequestError.
+
+    As NIXL's serializer writes it: tag, length of the value, value and a bar, for `Agent`, `Conns` (how many), and for
+    each of them `t` (backend) and `c` (address).
+    """
+    if not metadata.startswith(_NIXL_MAGIC):
+        raise _malformed()
+    name, at = _field(metadata, len(_NIXL_MAGIC), b"Agent")
+    count, at = _field(metadata, at, b"Conns")
+    if len(count) != _NIXL_LENGTH.size or not 0 < (backends := _NIXL_LENGTH.unpack(count)[0]) <= _MAX_BACKENDS:
+        raise _malformed()
+    addresses = []
+    for _ in range(backends):
+        backend, at = _field(metadata, at, b"t")
+        address, at = _field(metadata, at, b"c")
+        addresses.append(backend + b"|" + address)
+    return name, addresses
+
+
+def _field(data: bytes, at: int, tag: bytes) -> tuple[bytes, int]:
+    """Its value, which isn't empty, and where the next one begins."""
+    start = at + len(tag) + _NIXL_LENGTH.size
+    if data[at : at + len(tag)] != tag or len(data) < start:
+        raise _malformed()
+    end = start + _NIXL_LENGTH.unpack_from(data, at + len(tag))[0]
+    if not start < end < len(data) or data[end : end + 1] != b"|":
+        raise _malformed()
+    return data[start:end], end + 1
 
 
 def _malformed() -> InvalidRequestError:

@@ -12,8 +12,10 @@ import time
 from collections.abc import Sequence
 
 from kv_transfer import nixl_agent, segments
+from kv_transfer.copying import checksums
+from kv_transfer.messages import MAX_INCARNATION
 from kv_transfer.nixl_agent import NixlAgent, start_agent
-from kv_transfer.nixl_endpoint import MAX_NAME_BYTES, Endpoint
+from kv_transfer.nixl_endpoint import MAX_BLOCKS, Endpoint
 from kv_transfer.pool import PoolMemory
 from tandem.errors import ConfigError, UnavailableError
 
@@ -25,13 +27,19 @@ class NixlSource:
     """The sender's end."""
 
     name = "nixl"
-    max_offer_bytes = 64 << 20
+    max_offer_bytes = 16 << 20
+    """While the receiver reads one offer, checksums of the next are taken here."""
 
     def __init__(self, pool: PoolMemory, incarnation: str) -> None:
         """Starts nothing yet. Raises ConfigError where no NIXL wheel is installed."""
         nixl_agent.require_installed()
-        if not 1 <= len(incarnation.encode()) <= MAX_NAME_BYTES:
-            raise ConfigError(f"an incarnation has 1 to {MAX_NAME_BYTES} bytes")
+        if not 1 <= len(incarnation.encode()) <= MAX_INCARNATION:
+            raise ConfigError(f"an incarnation has 1 to {MAX_INCARNATION} bytes")
+        if pool.num_blocks > MAX_BLOCKS:
+            raise ConfigError(
+                f"transport nixl takes pools of at most {MAX_BLOCKS} blocks, not {pool.num_blocks}: use a larger "
+                "--block-size, or --transport grpc"
+            )
         self.pool = pool
         self.incarnation = incarnation
         self._lock = threading.Lock()
@@ -78,9 +86,9 @@ class NixlSource:
         self._asked.set()
 
     def offer_payload(self, blocks: Sequence[int]) -> tuple[bytes, tuple[int, ...]]:
-        """Nothing rides in the stream."""
+        """Only the blocks' CRC-32s ride in the stream."""
         self._wake()
-        return b"", ()
+        return b"", checksums(self.pool, blocks)
 
     def close(self) -> None:
         """Answer no more, end every connection. The pool is its owner's to close. Idempotent."""

@@ -10,7 +10,9 @@ are. Without a secret (a sender of an earlier version) the fingerprint must stay
 
 **Endpoints are compared byte by byte**, and nothing here knows what they mean. A transport therefore makes its endpoint
 once and gives these very bytes for the life of its incarnation: metadata that could be written in another order, or
-that grows with later registrations, has to be frozen when the source is made.
+that grows with later registrations, has to be frozen when the source is made. An endpoint that holds more than one
+thing to reach somebody by (NIXL's: an agent's name, its addresses) is told apart by its transport (`claims`), and each
+of them belongs to one incarnation: another can't wrap it into an endpoint of its own.
 
 Every failure is a PermissionDeniedError with reason PEER_MISMATCH.
 """
@@ -21,16 +23,15 @@ import hashlib
 import hmac
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kv_transfer.messages import Open
+from kv_transfer.messages import MAX_INCARNATION, SECRET_BYTES, Open
 from kv_transfer.ranks import split_endpoint
 from tandem.errors import InvalidRequestError, PermissionDeniedError
 
 MOST_SENDERS = 4096
 MAX_ENDPOINT_BYTES = 256 << 10
-MAX_INCARNATION = 256
-SECRET_BYTES = 32
 LEAST_SECRET_BYTES = 16
 
 
@@ -52,6 +53,8 @@ class _Sender:
     """SHA-256 of the secret, or empty."""
     endpoints: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
     """SHA-256 of the endpoints, one a rank, by transport."""
+    claims: set[tuple[str, bytes]] = field(default_factory=set)
+    """What nobody else may present: transport, and SHA-256 of an endpoint or of a part of one."""
 
 
 class SenderTable:
@@ -68,34 +71,34 @@ class SenderTable:
         """Incarnations known."""
         return len(self._senders)
 
-    def check(self, identity: Identity, opening: Open) -> None:
+    def check(self, identity: Identity, opening: Open, claims: Iterable[bytes] = ()) -> None:
         """Before anything is connected: raises PermissionDeniedError unless the opening is what is known of its sender.
 
+        `claims`: parts of its endpoint that nobody else may present (`TargetTransport.claims`).
         InvalidRequestError for an endpoint or a secret of a size that none has.
         """
         _check_sizes(opening)
         with self._lock:
-            self._check(identity, opening)
+            self._check(identity, opening, _claims(opening, claims))
 
-    def bind(self, identity: Identity, opening: Open) -> None:
+    def bind(self, identity: Identity, opening: Open, claims: Iterable[bytes] = ()) -> None:
         """After the connection: from now on the sender is this. Raises as `check` does."""
-        endpoints = _digests(opening)
+        claimed = _claims(opening, claims)
         with self._lock:
-            self._check(identity, opening)
+            self._check(identity, opening, claimed)
             sender = self._senders.get(opening.source_incarnation)
             if sender is None:
                 sender = self._senders[opening.source_incarnation] = _Sender(identity, _digest(opening.secret))
             sender.identity = identity
-            sender.endpoints[opening.transport] = endpoints
-            for endpoint in filter(None, endpoints):
-                self._owners[opening.transport, endpoint] = opening.source_incarnation
+            sender.endpoints[opening.transport] = _digests(opening)
+            sender.claims |= claimed
+            self._owners.update(dict.fromkeys(claimed, opening.source_incarnation))
             self._senders.move_to_end(opening.source_incarnation)
             self._forget_oldest()
 
-    def _check(self, identity: Identity, opening: Open) -> None:
-        endpoints = _digests(opening)
-        for endpoint in filter(None, endpoints):
-            owner = self._owners.get((opening.transport, endpoint), opening.source_incarnation)
+    def _check(self, identity: Identity, opening: Open, claims: set[tuple[str, bytes]]) -> None:
+        for claim in claims:
+            owner = self._owners.get(claim, opening.source_incarnation)
             if owner != opening.source_incarnation:
                 raise _mismatch(opening, f"presents the {opening.transport} endpoint of incarnation {owner!r}")
         sender = self._senders.get(opening.source_incarnation)
@@ -110,16 +113,15 @@ class SenderTable:
                 opening, "came with another certificate, and without a secret that would tell a renewed one"
             )
         known = sender.endpoints.get(opening.transport)
-        if known is not None and known != endpoints:
+        if known is not None and known != _digests(opening):
             raise _mismatch(opening, f"had another endpoint for {opening.transport} before")
 
     def _forget_oldest(self) -> None:
         while len(self._senders) > self._most:
             incarnation, sender = self._senders.popitem(last=False)
-            for transport, endpoints in sender.endpoints.items():
-                for endpoint in endpoints:
-                    if self._owners.get((transport, endpoint)) == incarnation:
-                        del self._owners[transport, endpoint]
+            for claim in sender.claims:
+                if self._owners.get(claim) == incarnation:
+                    del self._owners[claim]
 
 
 def _check_sizes(opening: Open) -> None:
@@ -142,6 +144,11 @@ def _digest(data: bytes) -> bytes:
 def _digests(opening: Open) -> tuple[bytes, ...]:
     """Of each rank's endpoint. Raises InvalidRequestError when they aren't as many as the layout says."""
     return tuple(_digest(endpoint) for endpoint in split_endpoint(opening.endpoint, opening.layout.tp_size))
+
+
+def _claims(opening: Open, parts: Iterable[bytes]) -> set[tuple[str, bytes]]:
+    endpoints = filter(None, _digests(opening))
+    return {(opening.transport, digest) for digest in (*endpoints, *map(_digest, parts))}
 
 
 def _names(identity: Identity) -> str:

@@ -56,6 +56,8 @@ class PoolView:
     block_bytes: int
     num_blocks: int
     generations: memoryview
+    whole: memoryview | None = None
+    """The memory that `buffer` is a piece of, where other views have other pieces."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError when the sizes disagree."""

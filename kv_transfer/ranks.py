@@ -105,6 +105,11 @@ def connect_ranks(transport: TargetTransport, endpoint: bytes, source_incarnatio
     return RankViews(views)
 
 
+def claims_of(transport: TargetTransport, endpoint: bytes, layout: KvLayout) -> list[bytes]:
+    """What of the endpoints of all of a sender's ranks belongs to nobody else. Raises InvalidRequestError."""
+    return [claim for one in split_endpoint(endpoint, layout.tp_size) for claim in transport.claims(one)]
+
+
 def join_endpoints(endpoints: Sequence[bytes]) -> bytes:
     """One rank's endpoint stays as it is; several are told apart by their lengths."""
     if len(endpoints) == 1:

@@ -12,7 +12,7 @@ from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
 from kv_transfer.peers import NOBODY, Identity, SenderTable
 from kv_transfer.plan import TransferPlan, plan_transfer
 from kv_transfer.pool import PoolMemory
-from kv_transfer.ranks import RankViews, connect_ranks
+from kv_transfer.ranks import RankViews, claims_of, connect_ranks
 from kv_transfer.sending import WINDOW
 from kv_transfer.staging import StagingPool
 from kv_transfer.transport import TargetTransport
@@ -76,6 +76,7 @@ class ReceiveSession:
         self._lock = threading.Lock()
         self._lease: Lease | None = None
         self._attempt = 0
+        self._turn: str | None = None
         self._views: RankViews | None = None
         self._plan: TransferPlan | None = None
         self._closed = False
@@ -90,6 +91,11 @@ class ReceiveSession:
             raise InvalidRequestError("the first message of a transfer must be Open", field="event")
         return self._lease
 
+    @property
+    def turn(self) -> str | None:
+        """Copies of sessions with one turn are to go one after another; None: side by side with all."""
+        return self._turn
+
     def on_open(self, message: Open) -> Opened:
         """Check who it is and take the attempt. Connects to the sender's pool, so it may block: use a worker thread.
 
@@ -102,9 +108,11 @@ class ReceiveSession:
         here, transport = self._receiver, self._check_open(message)
         self._plan = plan_transfer(message.layout, here.layout)
         lease = self._receiver.leases.get(message.lease_id)
-        self._receiver.senders.check(self._identity, message)
+        claims = claims_of(transport, message.endpoint, message.layout)
+        self._receiver.senders.check(self._identity, message, claims)
         lease.begin(message.attempt)
         self._lease, self._attempt = lease, message.attempt
+        self._turn = None if transport.side_by_side else message.source_incarnation
         self._next_token = lease.needed_start
         views = connect_ranks(transport, message.endpoint, message.source_incarnation, message.layout)
         with self._lock:
@@ -114,8 +122,15 @@ class ReceiveSession:
             views.close()
             raise StaleError("the transfer ended while it connected", reason="TRANSFER_OVER")
         # Only now: what nobody could connect to must not stand against the real sender.
-        self._receiver.senders.bind(self._identity, message)
+        self._receiver.senders.bind(self._identity, message, claims)
         return Opened(lease.needed_start, lease.needed_end, here.layout.block_size)
+
+    def wait_for_older(self) -> None:
+        """After `on_open`: until no copy of an older attempt is in flight. Blocking.
+
+        `copy` waits as well, but a thread that copies is dearer. Raises what `Lease.copying` raises.
+        """
+        self.lease.wait_for_older(self._attempt, self._receiver.copy_wait_seconds)
 
     def _check_open(self, message: Open) -> TargetTransport:
         here = self._receiver

@@ -13,11 +13,12 @@ from kv_transfer import nixl_agent
 from kv_transfer.grpc import GrpcSource, GrpcTarget
 from kv_transfer.memory import MemorySource, MemoryTarget
 from kv_transfer.nixl import NixlTarget
+from kv_transfer.nixl_endpoint import metadata_head
 from kv_transfer.nixl_source import NixlSource
 from kv_transfer.pool import PoolMemory
 from kv_transfer.shm import ShmSource, ShmTarget
 from kv_transfer.transport import SourceTransport, TargetTransport
-from tandem.errors import ConfigError, IncompatibleError
+from tandem.errors import ConfigError, IncompatibleError, InvalidRequestError
 
 _SOURCES: dict[str, Callable[[PoolMemory, str], SourceTransport]] = {
     "memory": MemorySource,
@@ -34,7 +35,7 @@ _TARGETS: dict[str, Callable[[], TargetTransport]] = {
 
 
 IN_CLEAR = frozenset({NixlSource.name})
-"""Transports that send KV over a network without encryption and without checksums, whatever certificates there are."""
+"""Transports that send KV over a network without encryption, whatever certificates there are."""
 
 
 def available() -> list[str]:
@@ -49,9 +50,21 @@ def require(name: str) -> None:
     With nixl it starts an agent and ends it.
     """
     if name == NixlSource.name:
-        nixl_agent.NixlAgent("check").close()
+        _check_nixl()
     if name not in (here := available()):
         raise ConfigError(f"transport {name!r} is not available here; available are {', '.join(here)}")
+
+
+def _check_nixl() -> None:
+    agent = nixl_agent.NixlAgent("check")
+    try:
+        metadata_head(agent.metadata())
+    except InvalidRequestError as error:
+        raise ConfigError(
+            f"transport nixl doesn't know the agents of this NIXL wheel; it knows those of 1.5: {nixl_agent.INSTALL}"
+        ) from error
+    finally:
+        agent.close()
 
 
 def source_transport(name: str, pool: PoolMemory, incarnation: str) -> SourceTransport:

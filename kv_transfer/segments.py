@@ -43,3 +43,9 @@ def of_pool(pool: PoolMemory) -> Segment:
     """The segment of a pool's blocks. A pool whose blocks lie in a tensor says so: it has an attribute `tensor`."""
     tensor = getattr(pool, "tensor", None)
     return of_buffer(pool.buffer) if tensor is None else of_tensor(tensor)
+
+
+def whole_of(pool: PoolMemory) -> memoryview | None:
+    """The memory that a pool is a view of, if it says so by an attribute `whole`: registered once for all views."""
+    whole: memoryview | None = getattr(pool, "whole", None)
+    return whole

@@ -7,8 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kv_transfer.messages import Ack, Commit, Committed, Offer, Open, Opened
-from kv_transfer.peers import SECRET_BYTES
+from kv_transfer.messages import SECRET_BYTES, Ack, Commit, Committed, Offer, Open, Opened
 from kv_transfer.transport import SourceTransport
 from tandem.errors import InternalError, InvalidRequestError, StaleError
 from tandem.kv_layout import KvLayout

@@ -13,8 +13,6 @@ Nothing about the memory is believed before it is checked: kind, seals (it can't
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
 import secrets
 import socket
@@ -23,10 +21,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
 
 from kv_transfer.memory import PoolReader
-from kv_transfer.pool import HEADER, MAGIC, MAX_POOL_BYTES, PoolMemory, PoolView, SharedPool
-from kv_transfer.shm_handshake import LONGEST_MESSAGE, SECRET_BYTES, ReaderHandshake, SourceHandshake
+from kv_transfer.messages import MAX_INCARNATION, SECRET_BYTES
+from kv_transfer.pool import PoolMemory, PoolView, SharedPool
+from kv_transfer.shm_handshake import LONGEST_MESSAGE, ReaderHandshake, SourceHandshake
+from kv_transfer.shm_map import map_pool, unsafe
 from kv_transfer.watcher import SocketWatcher
 from tandem.errors import (
     ConfigError,
@@ -42,8 +43,9 @@ _ENDPOINT_MAGIC = b"tandem-shm-2:"
 _NAME_DIGITS = 32
 _SECRET_DIGITS = 2 * SECRET_BYTES
 _GREETING_MAGIC = b"TNDMSHM1"
-_MAX_INCARNATION = 256
 _MAX_READERS = 256
+MOST_SOURCES = 256
+"""Maps that a target keeps."""
 _MAX_UNPROVEN = 16
 """Connections that have not finished the handshake; a newcomer drives the oldest out."""
 _CONNECT_SECONDS = 3.0
@@ -64,8 +66,8 @@ class ShmSource:
         """Listen. Raises ConfigError unless `pool` is a SharedPool and the system has abstract Unix sockets."""
         if not isinstance(pool, SharedPool):
             raise ConfigError("transport shm needs the KV cache in a SharedPool")
-        if not 1 <= len(incarnation.encode()) <= _MAX_INCARNATION:
-            raise ConfigError(f"an incarnation has 1 to {_MAX_INCARNATION} bytes")
+        if not 1 <= len(incarnation.encode()) <= MAX_INCARNATION:
+            raise ConfigError(f"an incarnation has 1 to {MAX_INCARNATION} bytes")
         self.pool: PoolMemory = pool
         self.incarnation = incarnation
         self._shared = pool
@@ -148,11 +150,12 @@ class ShmTarget:
     """The receiver's end: one map per source incarnation."""
 
     name = "shm"
+    side_by_side = True
 
     def __init__(self) -> None:
         """Nothing is connected yet."""
         self._lock = threading.Lock()
-        self._pools: dict[tuple[bytes, str], PoolMemory] = {}
+        self._pools: OrderedDict[tuple[bytes, str], tuple[PoolMemory, socket.socket]] = OrderedDict()
         self._watcher = SocketWatcher("kv-shm-target")
 
     @property
@@ -160,14 +163,19 @@ class ShmTarget:
         """Maps held now."""
         return len(self._pools)
 
+    def claims(self, endpoint: bytes) -> tuple[bytes, ...]:
+        """None beside the whole: who knows a socket's name has its secret, too, or is found out."""
+        return ()
+
     def connect(self, endpoint: bytes, source_incarnation: str, layout: KvLayout) -> PoolReader:
         """See `TargetTransport.connect`."""
         name, secret = _parse_endpoint(endpoint)
         key = (endpoint, source_incarnation)
         with self._lock:
-            pool = self._pools.get(key)
-        if pool is None:
-            pool = self._open(name, secret, key)
+            known = self._pools.get(key)
+            if known is not None:
+                self._pools.move_to_end(key)
+        pool = known[0] if known is not None else self._open(name, secret, key)
         if pool.block_bytes != layout.block_bytes:
             raise IncompatibleError(f"the sender's pool has blocks of {pool.block_bytes} bytes, not {layout}")
         return PoolReader(pool)
@@ -181,11 +189,12 @@ class ShmTarget:
             raise
         # No lock was held meanwhile: a hung source must not hold up the others. If two mapped it, the first stays.
         with self._lock:
-            first = self._pools.setdefault(key, pool)
-        if first is not pool:
+            first, owner = self._pools.setdefault(key, (pool, connection))
+        if owner is not connection:
             connection.close()
         else:
             self._watch(connection, key)
+            self._forget_oldest()
         return first
 
     def _watch(self, connection: socket.socket, key: tuple[bytes, str]) -> None:
@@ -200,9 +209,18 @@ class ShmTarget:
             self._pools.pop(key, None)
         raise problem
 
+    def _forget_oldest(self) -> None:
+        """Maps beyond the bound: the one used longest ago first. Views of it keep their memory; it is mapped again."""
+        with self._lock:
+            over = max(0, len(self._pools) - MOST_SOURCES)
+            oldest = [(key, connection) for key, (_, connection) in islice(self._pools.items(), over)]
+        for key, connection in oldest:
+            self._drop(key, connection)
+
     def _drop(self, key: tuple[bytes, str], connection: socket.socket) -> None:
         with self._lock:
-            self._pools.pop(key, None)
+            if (known := self._pools.get(key)) is not None and known[1] is connection:
+                del self._pools[key]
         self._watcher.forget(connection)
 
     def close(self) -> None:
@@ -216,50 +234,6 @@ def peer_uid(connection: socket.socket) -> int:
     """The user at the other end of a Unix socket, as the kernel says."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(raw)[1])
-
-
-def map_pool(fd: int) -> PoolView:
-    """Map another process's pool read-only. `fd` stays the caller's.
-
-    Raises IncompatibleError for what isn't a sealed memfd holding all that its header says: nothing is mapped then
-    beyond what is sure to exist.
-    """
-    size = _sealed_size(fd)
-    header = os.pread(fd, HEADER.size, 0)
-    if len(header) != HEADER.size:
-        raise _unsafe(f"{size} bytes hold no header")
-    magic, num_blocks, block_bytes, generations_at, blocks_at = HEADER.unpack(header)
-    if magic != MAGIC:
-        raise _unsafe("unknown header")
-    generations_end, blocks_end = generations_at + 8 * num_blocks, blocks_at + num_blocks * block_bytes
-    fits = HEADER.size <= generations_at and generations_end <= blocks_at and blocks_end <= size <= 2 * MAX_POOL_BYTES
-    if not fits or not num_blocks or not block_bytes or generations_at % 8:
-        raise _unsafe(f"{num_blocks} blocks of {block_bytes} bytes don't fit {size} bytes")
-    try:
-        whole = memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
-    except OSError as error:
-        raise UnavailableError(f"can't map {size} bytes: {error}", reason="MAP_FAILED") from error
-    return PoolView(
-        buffer=whole[blocks_at:blocks_end],
-        block_bytes=block_bytes,
-        num_blocks=num_blocks,
-        generations=whole[generations_at:generations_end].cast("Q"),
-    )
-
-
-def _sealed_size(fd: int) -> int:
-    """Bytes of a memfd that can't shrink any more, so that reading what is mapped can't raise SIGBUS."""
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError as error:
-        raise _unsafe("no memfd") from error
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise _unsafe("not sealed against shrinking")
-    return os.fstat(fd).st_size
-
-
-def _unsafe(what: str) -> IncompatibleError:
-    return IncompatibleError(f"the sender's shared memory is refused: {what}", reason="UNSAFE_MEMORY")
 
 
 def _address(name: str) -> bytes:
@@ -290,14 +264,14 @@ def _receive_pool(connection: socket.socket, name: str, secret: bytes, incarnati
         if not challenge:
             raise UnavailableError("the sender ended the connection", reason="SOURCE_GONE")
         connection.send(handshake.proof(challenge))
-        greeting, fds, _, _ = socket.recv_fds(connection, len(_GREETING_MAGIC) + _MAX_INCARNATION, 4)
+        greeting, fds, _, _ = socket.recv_fds(connection, len(_GREETING_MAGIC) + MAX_INCARNATION, 4)
     except OSError as error:
         raise UnavailableError(f"the sender can't be reached on this host: {error}", reason="SOURCE_GONE") from error
     try:
         if not greeting:
             raise UnavailableError("the sender ended the connection", reason="SOURCE_GONE")
         if not greeting.startswith(_GREETING_MAGIC) or len(fds) != 1:
-            raise _unsafe("malformed greeting")
+            raise unsafe("malformed greeting")
         if greeting.removeprefix(_GREETING_MAGIC) != incarnation.encode():
             raise StaleError("another incarnation of the sender is there", reason="STALE_INCARNATION")
         return map_pool(fds[0])

@@ -20,7 +20,6 @@ import secrets
 
 from tandem.errors import PermissionDeniedError
 
-SECRET_BYTES = 32
 NONCE_BYTES = 32
 MAC_BYTES = 32
 _HELLO, _CHALLENGE, _PROOF = b"TNDMHEL1", b"TNDMCHA1", b"TNDMPRF1"

@@ -14,17 +14,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kv_transfer.pool import LocalPool, PoolMemory, PoolView
+from kv_transfer.unsettled import lent
+from tandem.errors import UnavailableError
 from tandem.kv_layout import STAGING_SLOT_BYTES
 
-SLOTS = 4
-"""As many as a receiver has threads that copy; one more copy waits for a slot."""
+COPY_THREADS = 4
+"""Of a receiver, and as many slots: one more copy waits for a slot."""
+SLOT_WAIT_SECONDS = 5.0
+"""A slot is held for a copy of some milliseconds, or kept from everybody after a sender that hung."""
 _MOST_VIEWS = 64
 
 
 class StagingPool:
     """Slots of memory. Thread-safe."""
 
-    def __init__(self, slots: int = SLOTS) -> None:
+    def __init__(self, slots: int = COPY_THREADS) -> None:
         """Reserves nothing yet."""
         self._lock = threading.Lock()
         self._memory: LocalPool | None = None
@@ -41,12 +45,16 @@ class StagingPool:
 
     @contextmanager
     def slot(self, num_blocks: int, block_bytes: int) -> Iterator[PoolMemory]:
-        """Hold a pool of so many blocks, at most `STAGING_SLOT_BYTES`; waits for one. What was in it is undefined."""
-        slot = self._free.get()
+        """Hold a pool of so many blocks, at most `STAGING_SLOT_BYTES`; waits for one. What was in it is undefined.
+
+        It stays held while a copy that failed may still write it. Raises UnavailableError when none becomes free.
+        """
         try:
+            slot = self._free.get(timeout=SLOT_WAIT_SECONDS)
+        except queue.Empty:
+            raise UnavailableError("no room to convert KV: other copies don't end", reason="STAGING_BUSY") from None
+        with lent(lambda: self._free.put(slot)):
             yield self._view(slot, num_blocks, block_bytes)
-        finally:
-            self._free.put(slot)
 
     def _view(self, slot: int, num_blocks: int, block_bytes: int) -> PoolView:
         assert num_blocks * block_bytes <= STAGING_SLOT_BYTES
@@ -60,5 +68,5 @@ class StagingPool:
                 start = slot * STAGING_SLOT_BYTES
                 buffer = self._memory.buffer[start : start + num_blocks * block_bytes]
                 generations = memoryview(bytearray(8 * num_blocks)).cast("Q")
-                self._views[key] = PoolView(buffer, block_bytes, num_blocks, generations)
+                self._views[key] = PoolView(buffer, block_bytes, num_blocks, generations, whole=self._memory.buffer)
             return self._views[key]

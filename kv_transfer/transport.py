@@ -53,7 +53,8 @@ class SourceView(Protocol):
         """Copy the offer's blocks into `target_blocks`, checked. Blocking; the copying itself runs without the GIL.
 
         `stop` is asked before each block. Raises InvalidRequestError (impossible offer), StaleError (a generation
-        changed, the view is closed, or stopped), DataCorruptionError (a checksum differs).
+        changed, the view is closed, or stopped), DataCorruptionError (a checksum differs). Only after an
+        UnsettledError (the sender can't be read any more) may `target_blocks` still be written.
         """
 
     def verify(self, offer: Offer) -> None:
@@ -70,6 +71,11 @@ class TargetTransport(Protocol):
     """The receiver's end. Thread-safe."""
 
     name: str
+    side_by_side: bool
+    """Copies from one sender may go side by side; else they wait for the sender, and would hold threads for nothing."""
+
+    def claims(self, endpoint: bytes) -> tuple[bytes, ...]:
+        """Parts of an endpoint that belong to one sender, beside the whole. Raises InvalidRequestError (malformed)."""
 
     def connect(self, endpoint: bytes, source_incarnation: str, layout: KvLayout) -> SourceView:
         """Find the sender's pool. May block for seconds: run it in a worker thread.

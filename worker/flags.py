@@ -106,7 +106,7 @@ def _engine(values: argparse.Namespace) -> dict[str, object]:
 def _transports(wanted: str | None) -> tuple[str, ...]:
     """What this worker may use, best first. The network always works; shared memory is left out by `grpc`.
 
-    KV goes over a network in clear and without checksums only where that transport was asked for by name.
+    KV goes over a network in clear only where that transport was asked for by name.
     """
     here = available()
     if wanted is not None:

@@ -9,7 +9,7 @@ import pytest
 
 from decode_service.__main__ import main
 from decode_service.flags import parse_flags
-from kv_transfer import nixl_agent
+from kv_transfer import nixl_agent, registry
 from tandem.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def test_defaults_and_values() -> None:
 
 def test_a_transport_leaves_the_better_ones_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nixl_agent, "installed", lambda: True)
-    monkeypatch.setattr(nixl_agent, "NixlAgent", Mock())
+    monkeypatch.setattr(registry, "_check_nixl", Mock())
     for transports in (("shm", "grpc"), ("nixl", "grpc"), ("grpc",)):
         assert parse_flags(["--model", "m", "--transport", transports[0]]).transports == transports
 

@@ -20,8 +20,10 @@ from decode_rig import (
     running_rig,
 )
 
-from decode_service import transfer_servicer
+from decode_service import servicer, transfer_servicer
+from kv_transfer.memory import PoolReader
 from kv_transfer.messages import Committed
+from kv_transfer.unsettled import Unsettled, UnsettledError
 from tandem.record import FinishReason
 from tandem.service import wire
 from tandem.v1 import decode_pb2
@@ -112,6 +114,43 @@ async def test_a_retarget_while_the_sender_connects_ends_its_silent_transfer(mon
         assert ended.value.args == (grpc.StatusCode.ABORTED, "ATTEMPT_SUPERSEDED")
         assert rig.assembly.worker.open_calls == 1, "the request goes on"
         call.call.cancel()
+        await rig.all_free()
+
+
+@pytest.mark.parametrize("to", ["local", "remote"])
+async def test_a_copy_that_may_still_write_keeps_its_blocks_from_the_next_attempt(
+    monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """The request goes on elsewhere in time; its blocks are free when nothing can write there any more."""
+    reads = Unsettled()
+
+    def hang(*_: Any) -> None:
+        raise UnsettledError("the sender hangs", reason="SOURCE_SILENT", reads=reads)
+
+    monkeypatch.setattr(PoolReader, "copy", hang)
+    monkeypatch.setattr(servicer, "COPY_WAIT_SECONDS", 0.05)
+    async with running_rig() as rig:
+        object.__setattr__(rig.assembly.transfers._receiver, "copy_wait_seconds", 0.05)
+        sender = FakePrefill(rig, "memory")
+        call = await rig.call(record_of(13, max_tokens=6), local=False)
+        with pytest.raises(TransferEnded) as ended:
+            await sender.send(call.admitted, call.record)
+        assert ended.value.args == (grpc.StatusCode.UNAVAILABLE, "SOURCE_SILENT")
+        if to == "local":
+            source = decode_pb2.PREFILL_SOURCE_LOCAL
+            message = decode_pb2.DecodeRetarget(attempt=1, source=source)
+            await call.call.write(decode_pb2.DecodeRequest(retarget=message))
+            assert (await call.read_error())[0] is grpc.StatusCode.UNAVAILABLE
+        else:
+            await call.retarget(1, local=False)
+            call.admitted.attempt = 1
+            with pytest.raises(TransferEnded) as ended:
+                await sender.send(call.admitted, call.record)
+            assert ended.value.args == (grpc.StatusCode.UNAVAILABLE, "COPY_IN_FLIGHT")
+            call.call.cancel()
+        await eventually(lambda: rig.assembly.worker.open_calls == 0)
+        assert len(rig.assembly.worker.leases) == 1
+        reads.settle()
         await rig.all_free()
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from kv_transfer import nixl_agent
 from tandem.client import Client
 
+APART = ("--prefill-block-size", "16")
+STACKS = [APART, *([(*APART, "--transport", "nixl")] if nixl_agent.installed() else []), ("--prefill", "0")]
+"""The last one computes all itself. Over NIXL as well, where its wheel is: CI has none."""
 TALE = "Once upon a time there was a lighthouse keeper who wrote a letter to the sea every night. " * 6
 
 
@@ -26,15 +30,15 @@ def _answers(stack: Any) -> list[list[int]]:
 def test_two_block_sizes_give_the_tokens_of_one_worker(start_stack: Any) -> None:
     results = []
     flags = ("--block-size", "32", "--local-prefill-threshold", "0")
-    for more in (("--prefill-block-size", "16"), ("--prefill", "0")):
+    for more in STACKS:
         stack = start_stack.start(*flags, *more)
         try:
             results.append(_answers(stack))
-            if "0" not in more:
+            if more[:2] == APART:
                 assert stack.metric("prefill", "tandem_nixl_bytes_transferred_total") > 0
                 assert stack.metric("decode", "tandem_nixl_num_failed_transfers_total") == 0
             assert stack.stop() == 0
         finally:
             stack.kill()
     assert all(len(tokens) == 16 for tokens in results[0])
-    assert results[0] == results[1]
+    assert all(result == results[0] for result in results)

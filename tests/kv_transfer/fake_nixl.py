@@ -1,12 +1,13 @@
 """The part of the NIXL wheel's Python API that Tandem calls, between agents of this process: same calls, same answers.
 
-A read copies memory by its addresses, after `nixl_agent.polls` looks at it.
+A read copies memory by its addresses, after `nixl_agent.polls` looks at it; of a peer in `hung` not before it is out.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import struct
 import weakref
 from typing import Any, ClassVar
 
@@ -33,8 +34,20 @@ class Handle:
         self.released = True
 
 
+def metadata(name: str, ranges: Ranges, address: bytes = b"") -> bytes:
+    fields = (
+        (b"Agent", name.encode()),
+        (b"Conns", struct.pack("<Q", 1)),
+        (b"t", b"UCX"),
+        (b"c", address or b"@" + name.encode()),
+    )
+    head = b"".join(tag + struct.pack("<Q", len(value)) + value + b"|" for tag, value in fields)
+    return b"nixlSerDes|" + head + json.dumps([name, ranges]).encode()
+
+
 class nixl_agent:
     polls: ClassVar[int] = 0
+    hung: ClassVar[set[str]] = set()
     alive: ClassVar[weakref.WeakValueDictionary[str, nixl_agent]] = weakref.WeakValueDictionary()
 
     def __init__(self, agent_name: str, nixl_conf: nixl_agent_config) -> None:
@@ -54,12 +67,12 @@ class nixl_agent:
             self.ranges.remove(each)
 
     def get_agent_metadata(self) -> bytes:
-        return b"nixlSerDes|" + json.dumps([self.name, self.ranges]).encode()
+        return metadata(self.name, self.ranges)
 
     def add_remote_agent(self, metadata: bytes) -> bytes:
-        if not metadata.startswith(b"nixlSerDes|"):
+        if not metadata.startswith(b"nixlSerDes|") or b"|[" not in metadata:
             raise nixlMismatchError("NIXL_ERR_MISMATCH")
-        name, ranges = json.loads(metadata.removeprefix(b"nixlSerDes|"))
+        name, ranges = json.loads(metadata[metadata.rindex(b"|[") + 1 :])
         if name not in self.alive:
             raise nixlBackendError("NIXL_ERR_BACKEND")
         self.peers[name] = [(address, size) for address, size in ranges]
@@ -92,6 +105,10 @@ class nixl_agent:
 
     def check_xfer_state(self, handle: Handle) -> str:
         assert not handle.released
+        if handle.peer not in self.peers:
+            raise nixlBackendError("NIXL_ERR_NOT_FOUND")  # whatever the network card still does
+        if handle.peer in self.hung:
+            return "PROC"
         handle.left -= 1
         if handle.left >= 0:
             return "PROC"

@@ -135,6 +135,19 @@ def test_a_copy_waits_for_older_ones_and_gives_up(lease: Lease) -> None:
         assert lease.copies_in_flight == 1
 
 
+def test_older_copies_are_waited_for_before_the_first_of_an_attempt(lease: Lease) -> None:
+    with lease.copying(1):
+        lease.wait_for_older(1)
+        lease.retarget(2)
+        with pytest.raises(UnavailableError) as caught:
+            lease.wait_for_older(2, timeout=0.01)
+        assert caught.value.reason == "COPY_IN_FLIGHT"
+        assert reason(lambda: lease.wait_for_older(1)) == "ATTEMPT_SUPERSEDED"
+    lease.wait_for_older(2)
+    lease.close()
+    assert reason(lambda: lease.wait_for_older(2)) == "LEASE_CLOSED"
+
+
 def wait_for_waiter(lease: Lease) -> None:
     """Until another thread waits inside `copying`."""
     for _ in range(SECONDS * 1000):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +16,15 @@ from typing import Any
 import fake_nixl
 import pytest
 
-from kv_transfer import nixl, nixl_agent, nixl_memory, segments
+from kv_transfer import nixl, nixl_agent, nixl_copy, nixl_memory, nixl_peer, segments
+from kv_transfer.copying import checksums
 from kv_transfer.messages import Offer
 from kv_transfer.nixl import NixlTarget
-from kv_transfer.nixl_endpoint import Endpoint
+from kv_transfer.nixl_endpoint import MAX_BLOCKS, Endpoint
 from kv_transfer.nixl_source import NixlSource
-from kv_transfer.pool import LocalPool, SharedPool
+from kv_transfer.pool import LocalPool, PoolMemory, SharedPool
 from kv_transfer.segments import Segment
+from kv_transfer.unsettled import UnsettledError, lent
 from tandem.errors import (
     ConfigError,
     IncompatibleError,
@@ -59,8 +64,10 @@ def target(fake: Any) -> Iterator[NixlTarget]:
     made.close()
 
 
-def offer(*blocks: int) -> Offer:
-    return Offer(0, 0, 4 * len(blocks), blocks, (0,) * len(blocks))
+def offer(source: PoolMemory, *blocks: int) -> Offer:
+    """As a sender makes it."""
+    held = tuple(source.generations[block] for block in blocks)
+    return Offer(0, 0, 4 * len(blocks), blocks, held, checksums=checksums(source, blocks))
 
 
 # Reads.
@@ -68,12 +75,12 @@ def offer(*blocks: int) -> Offer:
 
 def test_reads_that_take_a_while(fake: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake, "polls", 5)
-    monkeypatch.setattr(nixl, "PIECE_BYTES", 1)
+    monkeypatch.setattr(nixl_copy, "PIECE_BYTES", 1)
     ends = tools.make_ends("nixl")
     blocks = list(range(tools.NUM_BLOCKS))
     sent = [tools.fill(ends.source_pool, block, block) for block in blocks]
     view = ends.target.connect(ends.source.endpoint(), "source-1", LAYOUT)
-    view.copy(offer(*blocks), ends.target_pool, blocks[::-1])
+    view.copy(offer(ends.source_pool, *blocks), ends.target_pool, blocks[::-1])
     assert [tools.read(ends.target_pool, block) for block in blocks[::-1]] == sent
     tools.close_ends(ends)
 
@@ -81,13 +88,13 @@ def test_reads_that_take_a_while(fake: Any, tools: Any, monkeypatch: pytest.Monk
 def test_no_copy_ends_under_its_reads(fake: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped with reads under way: what was posted has arrived before the blocks may go to somebody else."""
     monkeypatch.setattr(fake, "polls", 5)
-    monkeypatch.setattr(nixl, "PIECE_BYTES", 1)
+    monkeypatch.setattr(nixl_copy, "PIECE_BYTES", 1)
     ends = tools.make_ends("nixl")
     sent = [tools.fill(ends.source_pool, block, block) for block in range(4)]
     view = ends.target.connect(ends.source.endpoint(), "source-1", LAYOUT)
     asked = iter([False, False, True])
     with pytest.raises(StaleError):
-        view.copy(offer(0, 1, 2, 3), ends.target_pool, [4, 5, 6, 7], lambda: next(asked))
+        view.copy(offer(ends.source_pool, 0, 1, 2, 3), ends.target_pool, [4, 5, 6, 7], lambda: next(asked))
     assert [tools.read(ends.target_pool, block) for block in (4, 5)] == sent[:2]
     assert tools.read(ends.target_pool, 6) == bytes(LAYOUT.block_bytes)
     tools.close_ends(ends)
@@ -98,7 +105,7 @@ def test_no_copy_ends_under_its_reads(fake: Any, tools: Any, monkeypatch: pytest
 def test_generation_that_changes_during_the_reads(
     nixl_ends: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, victim: int, when: str
 ) -> None:
-    plain: Callable[..., None] = nixl._read_blocks
+    plain: Callable[..., None] = nixl_copy.read_blocks
 
     def with_reuse(*args: Any) -> None:
         if when == "after the bytes":
@@ -107,13 +114,13 @@ def test_generation_that_changes_during_the_reads(
         if when == "before the bytes":
             plain(*args)
 
-    monkeypatch.setattr(nixl, "_read_blocks", with_reuse)
+    monkeypatch.setattr(nixl_copy, "read_blocks", with_reuse)
     view = nixl_ends.target.connect(nixl_ends.source.endpoint(), "source-1", LAYOUT)
     with pytest.raises(StaleError) as caught:
-        view.copy(offer(0, 1), nixl_ends.target_pool, [0, 1])
+        view.copy(offer(nixl_ends.source_pool, 0, 1), nixl_ends.target_pool, [0, 1])
     assert caught.value.reason == "STALE_GENERATION"
     # The peer isn't to blame: its next block can be had.
-    view.copy(offer(2), nixl_ends.target_pool, [2])
+    view.copy(offer(nixl_ends.source_pool, 2), nixl_ends.target_pool, [2])
 
 
 @pytest.mark.parametrize("page", [1, 3, 5, 32, 64])
@@ -121,15 +128,14 @@ def test_generation_that_changes_during_the_reads(
 def test_generations_are_read_page_by_page(
     nixl_ends: Any, tools: Any, monkeypatch: pytest.MonkeyPatch, page: int, slot_pages: int
 ) -> None:
-    monkeypatch.setattr(nixl_memory, "PAGE", page)
-    monkeypatch.setattr(nixl_memory, "_SLOT_PAGES", slot_pages)
+    monkeypatch.setattr(nixl_peer, "PAGE", page)
+    monkeypatch.setattr(nixl_peer, "_SLOT_PAGES", slot_pages)
     generations = nixl_ends.source_pool.generations
     for block in range(tools.NUM_BLOCKS):
         generations[block] = 1000 + block
     view = nixl_ends.target.connect(nixl_ends.source.endpoint(), "source-1", LAYOUT)
-    memory, peer = nixl_ends.target._memory, view._peer
     for blocks in ([31, 0, 7, 7], list(range(32))[::-1], [30]):
-        assert memory.read_generations(peer.generations, blocks) == [1000 + block for block in blocks]
+        assert view._peer.generations.read(blocks) == [1000 + block for block in blocks]
 
 
 # Memory is registered once.
@@ -145,7 +151,7 @@ def test_memory_is_registered_and_cut_once(fake: Any, tools: Any, monkeypatch: p
     for _ in range(3):
         assert ends.source.endpoint() == endpoint
         view = ends.target.connect(endpoint, "source-1", LAYOUT)
-        view.copy(offer(0), ends.target_pool, [0])
+        view.copy(offer(ends.source_pool, 0), ends.target_pool, [0])
         view.close()
     # Blocks and generations there; scratch and one pool here; descriptors of both on each side.
     assert calls.count("register_memory") == 4
@@ -162,7 +168,7 @@ def test_idle_destination_pools_make_room(nixl_ends: Any, tools: Any, monkeypatc
     pools = [LocalPool(BLOCKS, LAYOUT.block_bytes) for _ in range(4)]
     for each in (*pools, *pools):
         each.buffer[:] = bytes(len(each.buffer))
-        view.copy(offer(3), each, [5])
+        view.copy(offer(nixl_ends.source_pool, 3), each, [5])
         assert tools.read(each, 5) == sent
     assert len(nixl_ends.target._memory._pools) == 2
 
@@ -183,21 +189,21 @@ def test_a_pool_on_a_gpu_says_so() -> None:
 def test_a_restarted_peer_is_met_anew(target: NixlTarget, pool: LocalPool, tools: Any) -> None:
     old = NixlSource(pool, "life-1")
     view = target.connect(old.endpoint(), "life-1", LAYOUT)
-    view.copy(offer(0), pool, [1])
+    view.copy(offer(pool, 0), pool, [1])
     old_endpoint = old.endpoint()
     old.close()
     with pytest.raises(UnavailableError) as caught:
-        view.copy(offer(0), pool, [1])
+        view.copy(offer(pool, 0), pool, [1])
     assert caught.value.reason == "SOURCE_GONE"
     assert target.sources == 0
     with pytest.raises(UnavailableError):
-        view.verify(offer(0))
+        view.verify(offer(pool, 0))
     with pytest.raises(UnavailableError):
         target.connect(old_endpoint, "life-1", LAYOUT)
     view.close()
     new = NixlSource(pool, "life-2")
     again = target.connect(new.endpoint(), "life-2", LAYOUT)
-    again.copy(offer(0), pool, [1])
+    again.copy(offer(pool, 0), pool, [1])
     assert target.sources == 1
     new.close()
 
@@ -219,7 +225,7 @@ def test_peers_are_bounded(target: NixlTarget, pool: LocalPool, monkeypatch: pyt
     views[0].close()
     target.connect(sources[2].endpoint(), "2", LAYOUT)
     assert target.sources == 2
-    views[1].copy(offer(0), pool, [1])
+    views[1].copy(offer(pool, 0), pool, [1])
     for source in sources:
         source.close()
 
@@ -242,12 +248,14 @@ def test_closed_ends_start_nothing(target: NixlTarget, pool: LocalPool) -> None:
 def test_an_endpoint_of_anothers_agent_is_refused_and_harms_nobody(target: NixlTarget, pool: LocalPool) -> None:
     honest, liar = NixlSource(pool, "honest"), NixlSource(pool, "liar")
     view = target.connect(honest.endpoint(), "honest", LAYOUT)
-    stolen = Endpoint.decode(honest.endpoint()).metadata
-    lie = replace(Endpoint.decode(liar.endpoint()), metadata=stolen).encode()
-    with pytest.raises(IncompatibleError) as caught:
+    stolen = Endpoint.decode(honest.endpoint())
+    lie = replace(Endpoint.decode(liar.endpoint()), metadata=stolen.metadata).encode()
+    with pytest.raises(InvalidRequestError, match="another agent"):
         target.connect(lie, "liar", LAYOUT)
+    with pytest.raises(IncompatibleError) as caught:
+        target.connect(replace(stolen, incarnation="liar").encode(), "liar", LAYOUT)
     assert caught.value.reason == "UNSAFE_MEMORY"
-    view.copy(offer(0), pool, [1])
+    view.copy(offer(pool, 0), pool, [1])
     honest.close()
     liar.close()
 
@@ -262,7 +270,8 @@ def test_memory_that_was_not_registered_cannot_be_read(target: NixlTarget, pool:
     source.close()
 
 
-GOOD = Endpoint("i", "a", Segment(4096, 64), 8192, 2, b"metadata")
+HEAD = fake_nixl.metadata("a", [])
+GOOD = Endpoint("i", "a", Segment(4096, 64), 8192, 2, HEAD)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +289,7 @@ GOOD = Endpoint("i", "a", Segment(4096, 64), 8192, 2, b"metadata")
         replace(GOOD, metadata=b"m" * (1 << 17)).encode(),
         replace(GOOD, num_blocks=0).encode(),
         replace(GOOD, num_blocks=3).encode(),
+        replace(GOOD, num_blocks=MAX_BLOCKS + 1, blocks=Segment(4096, MAX_BLOCKS + 1)).encode(),
         replace(GOOD, num_blocks=1 << 63, blocks=Segment(0, 1 << 63)).encode(),
         replace(GOOD, blocks=Segment(4096, 0)).encode(),
         replace(GOOD, blocks=Segment((1 << 64) - 8, 64)).encode(),
@@ -294,10 +304,32 @@ def test_malformed_endpoints(target: NixlTarget, endpoint: bytes) -> None:
     assert caught.value.field == "open.endpoint"
 
 
-def test_malformed_metadata_is_the_senders_fault(target: NixlTarget) -> None:
-    whole = replace(GOOD, blocks=Segment(4096, 2 * LAYOUT.block_bytes))
-    with pytest.raises(InvalidRequestError):
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b"metadata",
+        HEAD[:11],
+        HEAD[:20],
+        HEAD.replace(b"Agent", b"agent"),
+        HEAD.replace(b"\x01\x00\x00\x00\x00\x00\x00\x00a", b"\x01\x00\x00\x00\x00\x00\x00\x7fa"),
+        HEAD.replace(b"\x01\x00\x00\x00\x00\x00\x00\x00|", b"\x09\x00\x00\x00\x00\x00\x00\x00|"),
+        HEAD.replace(b"\x01\x00\x00\x00\x00\x00\x00\x00|", b"\x00\x00\x00\x00\x00\x00\x00\x00|"),
+        HEAD.replace(b"UCX|", b"UCX!"),
+        HEAD[: HEAD.index(b"|[")],
+        HEAD[: HEAD.index(b"|[") + 1],
+        fake_nixl.metadata("b", []),
+    ],
+)
+def test_malformed_metadata_is_the_senders_fault(target: NixlTarget, metadata: bytes) -> None:
+    whole = replace(GOOD, blocks=Segment(4096, 2 * LAYOUT.block_bytes), metadata=metadata)
+    with pytest.raises(InvalidRequestError) as caught:
         target.connect(whole.encode(), "i", LAYOUT)
+    assert caught.value.field == "open.endpoint"
+
+
+def test_a_pool_has_no_more_blocks_than_receivers_take(fake: Any) -> None:
+    with pytest.raises(ConfigError, match="--block-size"):
+        NixlSource(LocalPool(MAX_BLOCKS + 1, 1), "s")
 
 
 # No wheel, or one that doesn't work.
@@ -365,7 +397,8 @@ if INSTALLED:
             self.process.communicate()
 
     def held(*blocks: int) -> Offer:
-        return Offer(0, 0, 4 * len(blocks), blocks, tuple(100 + block for block in blocks))
+        sums = tuple(zlib.crc32(bytes([block + 1]) * LAYOUT.block_bytes) for block in blocks)
+        return Offer(0, 0, 4 * len(blocks), blocks, tuple(100 + block for block in blocks), checksums=sums)
 
     def test_another_process_is_read_killed_and_met_again(tools: Any) -> None:
         target, into = NixlTarget(), SharedPool(BLOCKS, LAYOUT.block_bytes)
@@ -384,6 +417,60 @@ if INSTALLED:
             assert target.sources == 0
             view.close()
         target.close()
+        into.close()
+
+    def test_a_stopped_process_holds_nobody_up_and_writes_before_its_blocks_are_free(
+        tools: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Over TCP: within one machine the system copies, whatever the other process does."""
+        monkeypatch.setenv("UCX_TLS", "tcp")
+        monkeypatch.setattr(nixl_peer, "READ_SECONDS", 0.3)
+        target, into, worker = NixlTarget(), SharedPool(BLOCKS, LAYOUT.block_bytes), Worker("life-1")
+        view = target.connect(worker.endpoint, "life-1", LAYOUT)
+        view.copy(held(1), into, [0])
+        seen: list[bytes] = []
+        free = threading.Event()
+
+        def give_back() -> None:
+            seen.append(tools.read(into, 5))
+            free.set()
+
+        plain = nixl_copy.read_blocks
+
+        def of_a_stopped_process(*args: Any) -> Any:
+            worker.process.send_signal(signal.SIGSTOP)
+            return plain(*args)
+
+        monkeypatch.setattr(nixl_copy, "read_blocks", of_a_stopped_process)
+        with pytest.raises(UnsettledError) as caught, lent(give_back):
+            view.copy(held(2), into, [5])
+        assert caught.value.reason == "SOURCE_SILENT"
+        assert not free.is_set()
+        monkeypatch.setattr(nixl_copy, "read_blocks", plain)
+        worker.process.send_signal(signal.SIGCONT)
+        assert free.wait(20)
+        assert seen == [b"\x03" * LAYOUT.block_bytes]
+        again = target.connect(worker.endpoint, "life-1", LAYOUT)
+        again.copy(held(3), into, [6])
+        worker.kill()
+        target.close()
+        into.close()
+
+    def test_closing_does_not_wait_for_a_stopped_process(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UCX_TLS", "tcp")
+        monkeypatch.setattr(nixl_peer, "READ_SECONDS", 0.3)
+        target, into, worker = NixlTarget(), SharedPool(BLOCKS, LAYOUT.block_bytes), Worker("life-1")
+        view = target.connect(worker.endpoint, "life-1", LAYOUT)
+        worker.process.send_signal(signal.SIGSTOP)
+        free = threading.Event()
+        with pytest.raises(UnsettledError), lent(free.set):
+            view.copy(held(2), into, [5])
+        closing = threading.Thread(target=target.close, daemon=True)
+        closing.start()
+        closing.join(20)
+        assert free.is_set()
+        assert not closing.is_alive()
+        worker.kill()
         into.close()
 
     def test_nothing_is_said_on_stdout(tmp_path: Path) -> None:

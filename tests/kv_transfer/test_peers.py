@@ -86,15 +86,30 @@ def test_two_senders_of_one_certificate_are_two() -> None:
         table.check(ANN, opening(secret=OTHER))
 
 
+def test_parts_of_an_endpoint_belong_to_one_sender() -> None:
+    """Of one transport: another may call something else by the same bytes."""
+    table = SenderTable()
+    for step in (table.check, table.bind):
+        step(ANN, opening(transport="nixl"), [b"agent", b"address"])
+    table.check(ANN, opening(transport="nixl"), [b"agent", b"address"])
+    theft = opening(transport="nixl", source_incarnation="b", endpoint=b"ben's", secret=OTHER)
+    for claims in ([b"agent"], [b"other", b"address"]):
+        for step in (table.check, table.bind):
+            with pytest.raises(PermissionDeniedError, match="presents the nixl endpoint of incarnation 'a'"):
+                step(BEN, theft, claims)
+    table.bind(BEN, theft, [b"other"])
+    table.bind(BEN, opening(source_incarnation="c", endpoint=b"c's", secret=OTHER), [b"agent"])
+
+
 def test_entries_are_bounded_and_leave_nothing() -> None:
     table = SenderTable(most=2)
     for name in ("a", "b", "a", "c"):
-        table.bind(ANN, opening(source_incarnation=name, endpoint=name.encode()))
+        table.bind(ANN, opening(source_incarnation=name, endpoint=name.encode()), [name.encode() * 2])
     assert len(table) == 2
     with pytest.raises(PermissionDeniedError):
         table.check(BEN, opening(source_incarnation="a", endpoint=b"a"))
-    table.bind(BEN, opening(source_incarnation="d", endpoint=b"b"))
-    assert len(table._owners) == 2
+    table.bind(BEN, opening(source_incarnation="d", endpoint=b"b"), [b"bb"])
+    assert len(table._owners) == 4
 
 
 @pytest.mark.parametrize(

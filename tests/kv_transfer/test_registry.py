@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
+import fake_nixl
 import pytest
 
 from kv_transfer import registry
@@ -58,6 +60,14 @@ def test_require_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         registry.require("carrier")
     monkeypatch.setattr(registry.nixl_agent, "installed", lambda: False)
     with pytest.raises(ConfigError, match="pip install --no-deps nixl-cu12"):
+        registry.require("nixl")
+
+
+def test_require_refuses_a_wheel_whose_agents_are_not_known(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools.use_fake_nixl(monkeypatch)
+    registry.require("nixl")
+    monkeypatch.setattr(fake_nixl.nixl_agent, "get_agent_metadata", lambda self: b"nixl2|agent")
+    with pytest.raises(ConfigError, match=r"knows those of 1\.5"):
         registry.require("nixl")
 
 

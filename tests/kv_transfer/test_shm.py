@@ -16,16 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kv_transfer import copying, shm
+from kv_transfer import copying, shm, shm_map
 from kv_transfer.messages import Offer
 from kv_transfer.pool import HEADER, MAGIC, LocalPool, SharedPool
-from kv_transfer.shm import ShmSource, ShmTarget, map_pool, peer_uid
+from kv_transfer.shm import ShmSource, ShmTarget, peer_uid
 from kv_transfer.shm_handshake import ReaderHandshake, SourceHandshake
+from kv_transfer.shm_map import map_pool
 from kv_transfer.watcher import SocketWatcher
 from tandem.errors import (
     ConfigError,
@@ -542,12 +544,32 @@ def test_a_source_that_says_nothing_is_given_up(target: ShmTarget, monkeypatch: 
     assert lie(target, None, []).reason == "SOURCE_GONE"
 
 
+def test_maps_are_bounded_and_come_again(
+    shared: SharedPool, target: ShmTarget, target_pool: LocalPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one used longest ago goes; whoever copies from it goes on, and the next transfer maps it anew."""
+    monkeypatch.setattr(shm, "MOST_SOURCES", 2)
+    sources = [ShmSource(shared, str(number)) for number in range(3)]
+    views = [target.connect(source.endpoint(), source.incarnation, LAYOUT) for source in sources[:2]]
+    target.connect(sources[0].endpoint(), "0", LAYOUT)
+    target.connect(sources[2].endpoint(), "2", LAYOUT)
+    assert target.sources == 2
+    eventually(lambda: [source.readers for source in sources] == [1, 0, 1])
+    views[1].copy(replace(offer(0), generations=(0,)), target_pool, [0])
+    target.connect(sources[1].endpoint(), "1", LAYOUT)
+    assert target.sources == 2
+    eventually(lambda: [source.readers for source in sources] == [0, 1, 1])
+    for source in sources:
+        source.close()
+    eventually(lambda: target.sources == 0)
+
+
 def test_map_that_fails_is_an_error(shared: SharedPool, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOMEM, "no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shm.mmap, "mmap", fail)
+        patch.setattr(shm_map.mmap, "mmap", fail)
         with pytest.raises(UnavailableError):
             map_pool(shared.read_only_fd)
     assert map_pool(shared.read_only_fd).num_blocks == BLOCKS

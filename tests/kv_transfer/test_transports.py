@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kv_transfer import copying, nixl
+from kv_transfer import copying, nixl_copy
 from kv_transfer.messages import Offer
 from kv_transfer.pool import LocalPool
 from kv_transfer.registry import source_transport, target_transport
@@ -40,7 +40,7 @@ def test_blocks_arrive_where_they_should_and_nowhere_else(ends: Any, tools: Any)
 
 
 def test_a_stopped_copy_raises_and_goes_no_further(ends: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (copying, nixl):
+    for module in (copying, nixl_copy):
         monkeypatch.setattr(module, "PIECE_BYTES", 1)
     sent = [tools.fill(ends.source_pool, block, block) for block in (0, 1)]
     asked = iter([False, True])
@@ -168,12 +168,13 @@ def test_generation_that_changes_during_the_copy(
 
 def test_offers_of_impossible_blocks(seen_ends: Any, tools: Any) -> None:
     view = connect(seen_ends)
+    good = offer_of(seen_ends, [0])
     for block in (tools.NUM_BLOCKS, 1 << 31, -1):
         with pytest.raises(InvalidRequestError):
-            view.copy(Offer(0, 0, 4, (block,), (0,)), seen_ends.target_pool, [0])
-    for extra in ({"payload": b"x"}, {"checksums": (1,)}):
+            view.copy(replace(good, blocks=(block,)), seen_ends.target_pool, [0])
+    for extra in ({"payload": b"x"}, {"checksums": (1, 2)}):
         with pytest.raises(InvalidRequestError):
-            view.copy(Offer(0, 0, 4, (0,), (0,), **extra), seen_ends.target_pool, [0])
+            view.copy(replace(good, **extra), seen_ends.target_pool, [0])
 
 
 def test_a_pool_with_other_blocks_is_refused(seen_ends: Any) -> None:

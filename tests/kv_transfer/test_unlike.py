@@ -14,7 +14,7 @@ from unlike_ends import NUM_BLOCKS, record, unlike_ends
 from kv_transfer import landing
 from kv_transfer.messages import Commit, Offer
 from kv_transfer.peers import SenderTable
-from kv_transfer.staging import SLOTS, StagingPool
+from kv_transfer.staging import COPY_THREADS, StagingPool
 from tandem.errors import DataCorruptionError, IncompatibleError, InternalError, InvalidRequestError, StaleError
 from tandem.kv_layout import PAIRED_ORDER, KvLayout, staged_bytes
 
@@ -317,7 +317,7 @@ def _hold(staging: StagingPool, held: list[Any]) -> None:
 
 def test_a_slot_comes_back_after_an_error() -> None:
     staging = StagingPool()
-    for _ in range(2 * SLOTS):
+    for _ in range(2 * COPY_THREADS):
         with pytest.raises(ZeroDivisionError), staging.slot(1, 8):
             raise ZeroDivisionError
     assert staging.idle
