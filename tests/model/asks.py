@@ -27,6 +27,10 @@ class Plan:
     """The first request is retargeted: to "P2", or "local"."""
     restart: str = ""
     """The process at "P1" or "D" is killed and starts again."""
+    hang: bool = False
+    """Whoever waits for a read over the network gives it up once; it arrives later."""
+    corrupt: bool = False
+    """One byte of a block is another when it arrives."""
 
 
 @dataclass

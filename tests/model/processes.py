@@ -26,6 +26,7 @@ from decode_service.worker import DecodeWorker
 from engine.batch import Batch, SampledToken, SampleSpec, Slice, StepOutput
 from engine.block_pool import BlockPool, IntegrityError
 from engine.fake import FakeRunner
+from kv_transfer.leases import Lease
 from kv_transfer.pool import PoolView
 from kv_transfer.registry import source_transport, target_transport
 from prefill_service.config import SchedulerConfig as PrefillConfig
@@ -46,18 +47,19 @@ class Generations:
     """A pool's generations: who reads and who bumps them is written down."""
 
     def __init__(self, name: str, count: int, recorder: Recorder) -> None:
-        self._name, self._values, self._recorder = name, [0] * count, recorder
+        self._name, self._recorder = name, recorder
+        self.values = memoryview(bytearray(8 * count)).cast("Q")
 
     def __getitem__(self, block: int) -> int:
         self._recorder.read(self._name, "generation", block)
-        return self._values[block]
+        return self.values[block]
 
     def __setitem__(self, block: int, value: int) -> None:
         self._recorder.write(self._name, "generation", block)
-        self._values[block] = value
+        self.values[block] = value
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self.values)
 
 
 class ReadPool:
@@ -123,6 +125,8 @@ class Process:
     """One life of a worker process. `name` is new for each life, `address` stays."""
 
     worker: Any
+    runner: Runner
+    memory: Any
     pool: BlockPool
     scheduler: Any
     transfers: TransferServicer
@@ -236,7 +240,7 @@ class Prefill(Process):
         drawn: Drawn,
     ) -> None:
         super().__init__(name, address, recorder)
-        runner = Runner(name, blocks, salt, recorder, drawn)
+        runner = self.runner = Runner(name, blocks, salt, recorder, drawn)
         generations = Generations(name, blocks, recorder)
         self.memory = ReadPool(name, runner.buffer, generations, recorder)
         self.pool = BlockPool(blocks, BLOCK, prefix_cache=False, generations=generations)
@@ -280,14 +284,22 @@ class Decode(Process):
     def _step_job(self, number: int) -> None:
         """Also proves that a copy writes only into blocks that are leased."""
         before = bytes(self.runner.buffer)
-        leases = list(self.worker.leases._leases.values())
+        leases = self.leases()
         super()._step_job(number)
         after, size = bytes(self.runner.buffer), LAYOUT.block_bytes
         for block in range(self.runner.num_blocks):
             if before[block * size : (block + 1) * size] != after[block * size : (block + 1) * size]:
                 self.recorder.write(self.name, "memory", block)
-                if not any(block in lease.blocks for lease in leases):
-                    raise Violation(f"{self.name}: a copy wrote into block {block}, which is not leased")
+                self.check_leased(block, leases)
+
+    def leases(self) -> list[Lease]:
+        """Those whose blocks nobody else has."""
+        return list(self.worker.leases._leases.values())
+
+    def check_leased(self, block: int, leases: list[Lease]) -> None:
+        """Before a copy wrote into a block it was one of these leases'."""
+        if not any(block in lease.blocks for lease in leases):
+            raise Violation(f"{self.name}: a copy wrote into block {block}, which is not leased")
 
     def check_empty(self) -> None:
         super().check_empty()

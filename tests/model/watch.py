@@ -15,6 +15,7 @@ from functools import cache, wraps
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import network
 import pytest
 from processes import BLOCK, LAYOUT, VOCAB
 from stepping import Recorder, condition, pause
@@ -46,6 +47,7 @@ def kv_of(tokens: tuple[int, ...]) -> bytes:
 def install(patch: pytest.MonkeyPatch) -> None:
     """Watch until the patch is undone; a job that waits for a lease's condition becomes one that can't go on."""
     patch.setattr(leases, "threading", SimpleNamespace(Condition=condition(recorder), Lock=threading.Lock))
+    network.install(patch, recorder)
     _watch_session(patch)
     _watch_lease(patch)
     _record(patch)

@@ -61,6 +61,21 @@ class Wire:
         else:
             self.client.react(self.client.main, self.call.arrived, item)
 
+    def has_bytes(self) -> bool:
+        """Whether the next item up is an offer that brings blocks' bytes."""
+        item, _ = self._queues[UP][0]
+        return item is not _CANCEL and bool(kv_transfer_pb2.TransferRequest.FromString(item).offer.payload)
+
+    def flip(self) -> None:
+        """Another byte in the blocks of the next item up."""
+        item, origin = self._queues[UP].popleft()
+        self._recorder.write("wire", self.name, UP)
+        request = kv_transfer_pb2.TransferRequest.FromString(item)
+        payload = bytearray(request.offer.payload)
+        payload[0] ^= 1
+        request.offer.payload = bytes(payload)
+        self._queues[UP].appendleft((request.SerializeToString(), origin))
+
     def lose(self, dead: Process) -> None:
         """One of the processes was killed: the other hears of it, and perhaps not of the last messages."""
         if dead is self.client:

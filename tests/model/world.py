@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import network
 import watch
 from asking import Gateway
 from asks import Ask, Plan
 from explorer import Source, Violation
+from network import Network, Read
 from processes import MODEL, Decode, Prefill, Process
 from stepping import Accesses
 from wires import DOWN, UP, Wire
@@ -41,6 +43,8 @@ class World(Gateway):
         self.committed: list[Lease] = []
         self.broken = ""
         self.trouble_due = bool(plan.restart)
+        self.hang_due, self.flip_due = plan.hang, plan.corrupt
+        network.network = Network(self.recorder)
         self.busy = ["start", "end"] if plan.busy else []
         for number in range(1, plan.senders + 1):
             self._live(f"P{number}")
@@ -63,6 +67,8 @@ class World(Gateway):
             process.loop.instant = not self.plan.sender_threads
         self.lives.append(process)
         self.at[address] = process
+        if self.plan.transport == "nixl":
+            network.network.join(process)
 
     def _connect(self, client: Process, address: str) -> Wire:
         name = f"{client.name}-{sum(w.client is client for w in self.wires.values())}"
@@ -77,6 +83,7 @@ class World(Gateway):
         for process in self.lives:
             found += process.enabled()
         found += [("wire", w.name, way) for w in self.wires.values() for way in (DOWN, UP) if w.waiting(way)]
+        found += self._of_bytes()
         for ask in self.asks:
             found += [(ask.name, what) for what in self._due(ask)]
         if self.trouble_due:
@@ -84,6 +91,17 @@ class World(Gateway):
         if self.busy == ["start", "end"] and self.asks[0].calls and not self.asks[0].prefills:
             found.append(("other prompt", "start"))
         return found or [("other prompt", "end")] * (self.busy == ["end"])
+
+    def _of_bytes(self) -> list[Source]:
+        """Bytes that are under way, and what may become of them."""
+        found: list[Source] = []
+        for read in network.network.waiting():
+            found.append(("net", read.number, "arrives"))
+            found += [("net", read.number, "is given up")] * (self.hang_due and not read.given_up)
+            found += [("net", read.number, "arrives with another byte")] * self.flip_due
+        if self.flip_due:
+            found += [("flip", w.name) for w in self.wires.values() if w.waiting(UP) and w.has_bytes()]
+        return found
 
     def run(self, source: Source) -> Accesses:
         """One event."""
@@ -94,6 +112,11 @@ class World(Gateway):
             self._restart(self.at[self.plan.restart])
         elif kind == "other prompt":
             self._busy(self.at["P1"], self.busy.pop(0))
+        elif kind == "net":
+            self._net(network.network.reads[source[1]], source[2])  # type: ignore[index,arg-type]
+        elif kind == "flip":
+            self.flip_due = False
+            self.wires[source[1]].flip()  # type: ignore[index]
         elif kind == "wire":
             self.wires[source[1]].deliver(source[2])  # type: ignore[index,arg-type]
         elif isinstance(kind, str) and kind.startswith("r"):
@@ -124,6 +147,20 @@ class World(Gateway):
                 process.source.close()
 
     # -- trouble
+
+    def _net(self, read: Read, what: str) -> None:
+        if what == "is given up":
+            self.hang_due, read.given_up = False, True
+            self.recorder.write("net", read.number)
+            return
+        flip = what != "arrives"
+        self.flip_due = self.flip_due and not flip
+        leases = {process: process.leases() for process in self.lives if isinstance(process, Decode)}
+        for process, block in network.network.arrive(read, flip=int(flip)):
+            if process.alive and isinstance(process, Decode):
+                process.check_leased(block, leases[process])
+        for process in leases:
+            network.settle(process, ("net", read.number))
 
     def _busy(self, process: Process, what: str) -> None:
         """The other prompt is a request of the engine alone, and has the blocks that it gets until its end."""
