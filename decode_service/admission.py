@@ -59,9 +59,10 @@ def check_room_for_sequences(record: Record, config: SchedulerConfig, requests: 
         raise OverloadedError(f"{aboard} of {config.max_sequences} sequences are taken", reason="MAX_SEQUENCES")
 
 
-def step_slots(requests: Iterable[Request]) -> int:
-    """Blocks that the next step could want: one per live output of everybody running."""
-    return sum(len(request.live) for request in requests if request.state is State.RUNNING)
+def step_slots(requests: Iterable[Request], tokens: int, block_size: int) -> int:
+    """Blocks that the next step could want: those of `tokens` tokens for each live output of everybody running."""
+    outputs = sum(len(request.live) for request in requests if request.state is State.RUNNING)
+    return outputs * blocks_for(tokens, block_size)
 
 
 def blocks_to_hold(request: Request, block_size: int) -> int:

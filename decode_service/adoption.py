@@ -82,8 +82,10 @@ def news(request: Request) -> list[Event]:
             continue
         state, start = output.state, output.streamed
         if start < len(state.token_ids):
-            deltas.append(TokenDelta(output.index, start, state.token_ids[start:], state.logprobs[start:]))
+            tokens, logprobs = state.token_ids[start:], state.logprobs[start:]
+            deltas.append(TokenDelta(output.index, start, tokens, logprobs, output.drafted, output.accepted))
             output.streamed = len(state.token_ids)
+            output.drafted = output.accepted = 0
         if state.finish_reason is not None:
             output.announced = True
             ends.append(Finished(request.key, output.index, state.finish_reason, len(state.token_ids)))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from decode_service import transfer_servicer
 from decode_service.config import SchedulerConfig
 from decode_service.metrics import StepMetrics
 from decode_service.scheduler import Scheduler
 from decode_service.servicer import DecodeServicer
+from decode_service.speculation.config import SpeculationConfig
+from decode_service.speculation.costs import StepCosts
+from decode_service.speculation.speculator import Speculator
 from decode_service.streams import DEFAULT_LIMIT
 from decode_service.transfer_servicer import TransferServicer
 from decode_service.worker import DecodeWorker
@@ -42,6 +46,9 @@ class Parts:
     blocks: memoryview
     prefix_cache: bool = True
     stream_limit: int = DEFAULT_LIMIT
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    step_costs: Mapping[int, float] = field(default_factory=dict)
+    """Seconds of a step by its rows, as measured at the start."""
 
 
 @dataclass(slots=True)
@@ -74,9 +81,10 @@ def assemble(
     pool = BlockPool(
         identity.total_blocks, identity.layout.block_size, prefix_cache=parts.prefix_cache, generations=generations
     )
+    speculator = Speculator(parts.speculation, parts.scheduler.vocab_size, StepCosts(parts.step_costs))
     worker = DecodeWorker(
         identity,
-        Scheduler(parts.scheduler, pool),
+        Scheduler(parts.scheduler, pool, speculator),
         parts.runner,
         PoolView(parts.blocks, identity.layout.block_bytes, identity.total_blocks, generations),
         metrics=StepMetrics(metrics) if metrics is not None else None,

@@ -22,4 +22,8 @@ class EngineLoop(engine_loop.EngineLoop[Scheduler, Event, Load]):
         return (), self._scheduler.schedule()
 
     def _prompt_tokens(self, batch: Batch) -> int:
-        return sum(len(part.token_ids) for part in batch.slices if len(part.token_ids) > 1)
+        return sum(part.num_known for part in batch.slices if part.num_known > 1)
+
+    def _measure(self, batch: Batch, seconds: float) -> None:
+        self._scheduler.timed(batch, seconds)
+        super()._measure(batch, seconds)

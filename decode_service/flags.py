@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from decode_service.speculation.config import DEFAULT_TOKENS, SpeculationConfig
+from decode_service.speculation.registry import FACTORIES, speculation
 from worker import flags
 
 MIXED_PREFILL_TOKENS = 64
@@ -16,6 +18,7 @@ class Flags(flags.Flags):
 
     mixed_prefill_tokens: int
     convert_kv_dtype: bool
+    speculation: SpeculationConfig
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
@@ -39,9 +42,28 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         action="store_true",
         help="take KV blocks of another dtype than --kv-dtype from prefill workers; rounds, so tokens may differ",
     )
+    parser.add_argument(
+        "--speculation",
+        default="auto",
+        metavar="MODE",
+        help=f"who proposes drafts: auto, off, or names with commas between ({', '.join(FACTORIES)})",
+    )
+    parser.add_argument(
+        "--speculation-tokens",
+        type=int,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help="most drafts of one output in a step",
+    )
+    parser.add_argument(
+        "--speculation-fixed",
+        action="store_true",
+        help="verify every draft at its full length, whatever it costs: for tests and measurements",
+    )
     values = parser.parse_args(argv)
     return Flags(
         **flags.common(values),
         mixed_prefill_tokens=values.mixed_prefill_tokens,
         convert_kv_dtype=values.convert_kv_dtype,
+        speculation=speculation(values.speculation, values.speculation_tokens, fixed=values.speculation_fixed),
     )

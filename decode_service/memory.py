@@ -6,10 +6,12 @@ computes, never from an older one, and never from one that is being received int
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from decode_service import admission
 from decode_service.config import SchedulerConfig
 from decode_service.events import Counters
-from decode_service.request import Chain, Request, Share, State, blocks_for
+from decode_service.request import Chain, Output, Request, State, blocks_for
 from engine.block_pool import BlockPool, PoolExhaustedError
 from engine.block_table import BlockTable
 from engine.prefix import block_hashes
@@ -20,13 +22,19 @@ class Memory:
     """The blocks of the requests in `requests`, which the scheduler shares with it (oldest first)."""
 
     def __init__(
-        self, config: SchedulerConfig, pool: BlockPool, requests: dict[str, Request], counters: Counters
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        requests: dict[str, Request],
+        counters: Counters,
+        dropped: Callable[[Request], None],
     ) -> None:
-        """`requests` and `counters` are the scheduler's own."""
+        """`requests` and `counters` are the scheduler's own; `dropped` is told of each request that leaves."""
         self._config = config
         self._pool = pool
         self._requests = requests
         self._counters = counters
+        self._dropped = dropped
 
     def reserve(self, request: Request, *, slots: int, receiving: bool = False) -> int:
         """Give a request its trunk: cached blocks, and fresh ones for what it knows. Returns the cached tokens.
@@ -83,19 +91,20 @@ class Memory:
                 if not self._preempt_younger(request):
                     return
 
-    def register(self, request: Request, share: Share) -> None:
-        """Publish the blocks of a chain that are full of computed tokens."""
-        chain, size = share.chain, self._pool.block_size
+    def register(self, request: Request, chain: Chain, output: Output | None) -> None:
+        """Publish the blocks of a chain that are full of computed tokens: those of `output`, None: the trunk's."""
+        size = self._pool.block_size
         full = chain.computed // size
         if self._pool.prefix_cache and full > len(chain.hashes):
-            tokens = request.tokens(0, full * size, share.output)
+            tokens = request.tokens(0, full * size, output)
             chain.hashes = block_hashes(request.root, tokens, size, chain.hashes)
             chain.table.register_full(chain.hashes, chain.computed)
 
     def drop(self, request: Request) -> None:
         """Free everything that a request holds and forget it."""
         request.free()
-        self._requests.pop(request.key, None)
+        if self._requests.pop(request.key, None) is not None:
+            self._dropped(request)
 
     def _computing(self) -> list[Request]:
         return [request for request in self._requests.values() if request.state is State.RUNNING]
@@ -103,7 +112,7 @@ class Memory:
     def _try_resume(self, request: Request) -> bool:
         computing = self._computing()
         oldest = all(other.order > request.order for other in computing)
-        slots = 0 if oldest else admission.step_slots(computing)
+        slots = 0 if oldest else admission.step_slots(computing, 1, self._pool.block_size)
         wanted = admission.blocks_to_hold(request, self._pool.block_size) + slots
         if self._pool.num_free + self._pool.peek(request.hashes) < wanted:
             return False

@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from prometheus_client import Counter
 
 from decode_service.events import Load
 from decode_service.scheduler import Scheduler
+from decode_service.speculation.counts import Counts
+from tandem.service.metrics import Metrics
 from worker import metrics
+
+
+class DraftMetrics:
+    """What speculation has done."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        """`metrics` is the process's own."""
+        self._metrics = metrics
+        new = metrics.labelled_counter
+        self._tried_at = new("spec_decode_num_draft_tokens_per_pos", "Draft tokens verified, by place.", "position")
+        self._kept_at = new("spec_decode_num_accepted_tokens_per_pos", "Draft tokens kept, by place.", "position")
+        self._tried_of = new("spec_decode_proposer_draft_tokens", "Draft tokens verified, by proposer.", "proposer")
+        self._kept_of = new("spec_decode_proposer_accepted_tokens", "Draft tokens kept, by proposer.", "proposer")
+        self._seconds_of = new("spec_decode_proposer_seconds", "Time in which drafts were made.", "proposer")
+        self._lost_of = new(
+            "spec_decode_rejected_seconds", "Time of steps lost to drafts that weren't kept, an estimate.", "proposer"
+        )
+        self._mean = metrics.gauge("spec_decode_mean_acceptance_length", "Tokens a draft brought, the sure one too.")
+
+    def changes(self, counts: dict[str, Counts]) -> Iterator[tuple[Counter, float]]:
+        """Each counter that may have changed, with its value now."""
+        metrics, role = self._metrics, self._metrics.role
+        drafts = sum(each.drafts for each in counts.values())
+        accepted = sum(each.accepted_tokens for each in counts.values())
+        yield metrics.spec_decode_num_drafts, drafts
+        yield metrics.spec_decode_num_draft_tokens, sum(each.draft_tokens for each in counts.values())
+        yield metrics.spec_decode_num_accepted_tokens, accepted
+        self._mean.set(1 + accepted / drafts if drafts else 1)
+        places = max((len(each.tried_at) for each in counts.values()), default=0)
+        for place in range(places):
+            having = [each for each in counts.values() if place < len(each.tried_at)]
+            yield self._tried_at.labels(role, str(place)), sum(each.tried_at[place] for each in having)
+            yield self._kept_at.labels(role, str(place)), sum(each.accepted_at[place] for each in having)
+        for name, each in counts.items():
+            yield self._tried_of.labels(role, name), each.draft_tokens
+            yield self._kept_of.labels(role, name), each.accepted_tokens
+            yield self._seconds_of.labels(role, name), each.seconds
+            yield self._lost_of.labels(role, name), each.lost_seconds
 
 
 class StepMetrics(metrics.StepMetrics):
     """Turns the scheduler's counters into metrics."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        """`metrics` is the process's own."""
+        super().__init__(metrics)
+        self._drafts = DraftMetrics(metrics)
+        self._drafted_before = 0
 
     def watch_leases(self, held: Callable[[], int], orphaned: Callable[[], int]) -> None:
         """Both are asked at each scrape, on its thread."""
@@ -30,3 +78,8 @@ class StepMetrics(metrics.StepMetrics):
             (metrics.prefix_cache_hits, stats.hit_blocks * size),
         )
         self.count(counters, own)
+        counts = scheduler.speculator.counts
+        drafted = sum(each.draft_tokens for each in counts.values())
+        if drafted != self._drafted_before:
+            self._drafted_before = drafted
+            self.add(self._drafts.changes(counts))

@@ -53,6 +53,9 @@ class Output:
     streamed: int = 0
     announced: bool = False
     """True once the gateway knows that it is finished."""
+    drafted: int = 0
+    accepted: int = 0
+    """Drafts verified and kept that the gateway wasn't told of yet."""
     chain: Chain | None = None
 
     @property

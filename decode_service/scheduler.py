@@ -10,6 +10,8 @@ of age.
 - Sequences that decode are aboard every step; chunks of prefill share a budget beside them (`mixed_prefill_tokens`).
 - A chain that needs a block when there is none preempts the youngest younger request, and else waits for the next
   step. So the oldest is never preempted, can have everything but what is being received into, and finishes.
+- Drafts (`speculation`) ride behind the last token of a chain where blocks are free for them. Nobody is preempted for a
+  draft, and after the step everything is as if only the tokens that were kept had ever been there.
 """
 
 from __future__ import annotations
@@ -20,30 +22,35 @@ from decode_service import admission, adoption
 from decode_service.config import SchedulerConfig
 from decode_service.events import Admission, Counters, Ended, Event, Load
 from decode_service.memory import Memory
-from decode_service.request import Output, Request, Share, State
-from engine.batch import Batch, SampledToken, SampleSpec, Slice, StepOutput
+from decode_service.parts import Part
+from decode_service.request import Output, Request, State
+from decode_service.speculation.config import SpeculationConfig
+from decode_service.speculation.proposer import Ask, OutputKey
+from decode_service.speculation.speculator import Speculator, Want
+from engine.batch import Batch, SampledToken, Slice, StepOutput
 from engine.block_pool import BlockPool
 from engine.prefix import prefix_root
 from tandem.errors import InternalError, InvalidRequestError, NotFoundError, TandemError
 from tandem.record import FinishReason, Record, TokenDelta
 from worker.events import Failed
-from worker.stopping import stop_ids, suppressed
+from worker.stopping import stop_ids
 
 
 class Scheduler:
     """Continuous batching over one block pool."""
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
-        """The pool must be the scheduler's alone."""
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, speculator: Speculator | None = None) -> None:
+        """The pool and the speculator must be the scheduler's alone; None: no drafts."""
         self.config = config
+        self.speculator = speculator or Speculator(SpeculationConfig(), config.vocab_size)
         self.pool = pool
         self.counters = Counters()
         self.steps = 0
         """Steps launched since the start."""
         self._requests: dict[str, Request] = {}
-        self._plan: list[tuple[Request, Share, int]] = []
+        self._plan: list[Part] = []
         self._next_order = 0
-        self._memory = Memory(config, pool, self._requests, self.counters)
+        self._memory = Memory(config, pool, self._requests, self.counters, self._forget)
 
     # -- commands ----------------------------------------------------------------------------------
 
@@ -62,7 +69,8 @@ class Scheduler:
         adoption.check_ends(request, self.config)
         if not request.live:
             return Admission(key, 0, 0, 0, []), [*adoption.news(request), Ended(key, 0)]
-        slots = admission.step_slots(self._requests.values())
+        tokens = 1 + self.speculator.most
+        slots = admission.step_slots(self._requests.values(), tokens, self.pool.block_size)
         cached = self._memory.reserve(request, slots=slots, receiving=not local)
         request.state = State.RUNNING if local else State.RECEIVING
         self._requests[key] = request
@@ -147,7 +155,7 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next step, or None when there is nothing to compute now."""
         self._memory.resume()
-        batch = Batch([], [])
+        copies: list[tuple[int, int]] = []
         self._plan = []
         budget = self._prefill_budget()
         for request in self._running():
@@ -157,19 +165,20 @@ class Scheduler:
                 count = 1 if share.pending == 1 else min(share.pending, budget)
                 if count == 0:
                     continue
-                copies = self._memory.grow(request, share.chain, share.chain.computed + count)
-                if copies is None:
+                needed = self._memory.grow(request, share.chain, share.chain.computed + count)
+                if needed is None:
                     continue
-                batch.copies.extend(copies)
+                copies.extend(needed)
                 if share.pending > 1:
                     budget -= count
-                self._take_aboard(batch, request, share, count)
-        if not batch.slices:
+                self._plan.append(Part(request, share, count))
+        if not self._plan:
             return None
+        self._draft(self._plan)
         self.steps += 1
-        for request, _, _ in self._plan:
-            request.last_step = self.steps
-        return batch
+        for part in self._plan:
+            part.request.last_step = self.steps
+        return Batch([part.slice() for part in self._plan], copies)
 
     def update(self, batch: Batch, output: StepOutput) -> list[Event]:
         """Take in what a step drew. Returns what happened, each request's events in order."""
@@ -177,25 +186,29 @@ class Scheduler:
         plan, self._plan = self._plan, []
         if len(output.samples) != len(batch.slices) or len(plan) != len(batch.slices):
             raise InternalError(f"{len(output.samples)} answers for {len(batch.slices)} slices")
-        for number, ((request, share, count), part) in enumerate(zip(plan, batch.slices, strict=True)):
+        for number, (part, slice_) in enumerate(zip(plan, batch.slices, strict=True)):
+            request = part.request
             if request.key not in self._requests:
                 continue  # failed by an earlier slice of this step
             if number in output.errors:
                 self._memory.drop(request)
                 events.append(Failed(request.key, output.errors[number]))
                 continue
-            share.chain.computed += count
-            share.chain.table.settle()
-            self._memory.register(request, share)
-            self._take_samples(request, part.samples, output.samples[number])
+            self._take(part, slice_, output.samples[number])
             events += self._settle(request)
         return events
+
+    def timed(self, batch: Batch, seconds: float) -> None:
+        """How long the step took that `update` was called for last."""
+        decoding = sum(part.num_known == 1 for part in batch.slices)
+        drafts = sum(part.drafts for part in batch.slices)
+        self.speculator.timed(decoding, drafts, batch.num_tokens - decoding - drafts, seconds)
 
     def fail_step(self, error: TandemError) -> list[Event]:
         """The step that was scheduled last failed: those aboard fail, the others go on."""
         plan, self._plan = self._plan, []
         events: list[Event] = []
-        for request in dict.fromkeys(request for request, _, _ in plan):
+        for request in dict.fromkeys(part.request for part in plan):
             self._memory.drop(request)
             events.append(Failed(request.key, error))
         return events
@@ -276,7 +289,7 @@ class Scheduler:
         assert request.trunk is not None
         request.state = State.RUNNING
         request.received_blocks = 0
-        self._memory.register(request, Share(request.trunk, None, request.shared_end))
+        self._memory.register(request, request.trunk, None)
 
     def _prefill_budget(self) -> int:
         """Prompt tokens that this step may compute: few when somebody decodes, so that no running stream stalls."""
@@ -284,49 +297,45 @@ class Scheduler:
         limit = self.config.max_step_tokens
         return min(limit, self.config.mixed_prefill_tokens) if decoding else limit
 
-    def _take_aboard(self, batch: Batch, request: Request, share: Share, count: int) -> None:
-        start = share.chain.computed
-        batch.slices.append(
-            Slice(
-                request_id=request.key,
-                token_ids=request.tokens(start, start + count, share.output),
-                start=start,
-                block_table=share.chain.table.blocks,
-                samples=self._samples(request, share) if start + count == share.end else [],
-            )
-        )
-        self._plan.append((request, share, count))
+    def _draft(self, plan: list[Part]) -> None:
+        """Drafts for the outputs that decode, as far as they pay and blocks are free."""
+        wants: list[tuple[Part, Want]] = []
+        for part in plan:
+            most = self.speculator.limit(part.request.record.speculation)
+            limit = min(most, part.draft_limit(self.config)) if most else 0
+            if limit > 0 and self.speculator.wants(OutputKey(part.request.key, part.drawing[0].index)):
+                wants.append((part, self._want(part, limit)))
+        if not wants:
+            return
+        decoding, rows = sum(part.count == 1 for part in plan), sum(part.count for part in plan)
+        drafts = self.speculator.drafts([want for _, want in wants], decoding, rows)
+        for (part, _), tokens in zip(wants, drafts, strict=True):
+            chain = part.share.chain
+            if tokens and chain.table.extend(chain.computed + 1 + len(tokens)):
+                part.drafts = tokens
 
-    def _samples(self, request: Request, share: Share) -> list[SampleSpec]:
-        """What is drawn after the last token of a chain.
+    @staticmethod
+    def _want(part: Part, limit: int) -> Want:
+        record, output = part.request.record, part.drawing[0]
+        key = OutputKey(part.request.key, output.index)
+        tokens = output.state.token_ids
+        return Want(Ask(key, record.prompt, tokens, limit, record.sampling, record.cache_scope), record.speculation)
 
-        A trunk draws only for outputs without tokens, unless it has one.
-        """
-        live = request.live
-        drawing = [share.output] if share.output is not None else live
-        if len(drawing) > 1:
-            drawing = [output for output in drawing if not output.state.token_ids]
-        return [self._spec(request, output) for output in drawing]
+    def _take(self, part: Part, slice_: Slice, drawn: list[SampledToken]) -> None:
+        """One slice's share of `update`, but for the news."""
+        drawing, owner, request = part.drawing, part.owner, part.request
+        before = [len(output.state.token_ids) for output in drawing]
+        self.counters.generated_tokens += part.take(slice_, drawn, self.config)
+        part.share.chain.table.settle()
+        self._memory.register(request, part.share.chain, owner)
+        for output, start in zip(drawing, before, strict=True):
+            key = OutputKey(request.key, output.index)
+            output.accepted += self.speculator.saw(key, output.state.token_ids[start:], part.drafts)
+            output.drafted += len(part.drafts)
 
-    def _spec(self, request: Request, output: Output) -> SampleSpec:
-        record, tokens = request.record, output.state.token_ids
-        return SampleSpec(
-            index=output.index,
-            params=record.sampling,
-            position=len(tokens),
-            prompt=record.prompt,
-            output=tokens,
-            suppress=suppressed(record, output.state, request.stops),
-            logprobs=record.logprobs,
-        )
-
-    def _take_samples(self, request: Request, specs: list[SampleSpec], drawn: list[SampledToken]) -> None:
-        for spec, sampled in zip(specs, drawn, strict=True):
-            output = request.outputs[spec.index]
-            tokens = [*output.state.token_ids, sampled.token_id]
-            logprobs = [*output.state.logprobs, sampled.logprobs] if sampled.logprobs is not None else []
-            adoption.adopt(request, output, tokens, logprobs, self.config)
-            self.counters.generated_tokens += 1
+    def _forget(self, request: Request) -> None:
+        """The request has left."""
+        self.speculator.forget([OutputKey(request.key, output.index) for output in request.outputs])
 
     def _settle(self, request: Request) -> list[Event]:
         """After tokens or ends came in: say so, split a trunk that is computed, end a request that is over."""

@@ -46,6 +46,8 @@ def join(items: MutableSequence[Any], delta: TokenDelta) -> None:
     if isinstance(last, TokenDelta) and last.index == delta.index:
         last.token_ids.extend(delta.token_ids)
         last.logprobs.extend(delta.logprobs)
+        last.drafted += delta.drafted
+        last.accepted += delta.accepted
     else:
         items.append(delta)
 

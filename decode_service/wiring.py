@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from decode_service.assembly import Parts, assemble
 from decode_service.config import SchedulerConfig
 from decode_service.flags import Flags
+from decode_service.speculation.calibration import measure
 from engine.loading import Engine
 from worker import loading, process
 
 
-def parts_of(engine: Engine, flags: Flags, metrics_address: str) -> Parts:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A warm engine, and seconds of its steps by their rows where that matters."""
+
+    engine: Engine
+    costs: dict[int, float]
+
+
+def load(flags: Flags) -> Loaded:
+    """Load the model; blocking. Raises ConfigError."""
+    engine = loading.load(flags)
+    config = engine.engine_config
+    if not flags.speculation.proposers:
+        return Loaded(engine, {})
+    most = config.context_limit(engine.model_config)
+    return Loaded(engine, measure(engine.runner, config.num_blocks, config.block_size, most))
+
+
+def parts_of(loaded: Loaded, flags: Flags, metrics_address: str) -> Parts:
     """A loaded engine's identity and limits."""
+    engine, speculation = loaded.engine, flags.speculation
     identity = loading.identity_of(engine, flags, metrics_address)
-    identity = replace(identity, convert_kv_dtype=flags.convert_kv_dtype)
+    names = tuple(proposer.name for proposer in speculation.proposers)
+    identity = replace(identity, convert_kv_dtype=flags.convert_kv_dtype, proposers=names)
     scheduler = SchedulerConfig(**loading.limits_of(engine, identity), mixed_prefill_tokens=flags.mixed_prefill_tokens)
-    return Parts(identity, scheduler, engine.runner, engine.kv_cache.blocks_view(), engine.engine_config.prefix_cache)
+    return Parts(
+        identity,
+        scheduler,
+        engine.runner,
+        engine.kv_cache.blocks_view(),
+        engine.engine_config.prefix_cache,
+        speculation=speculation,
+        step_costs=loaded.costs,
+    )
 
 
 async def serve(flags: Flags) -> int:
@@ -24,8 +53,8 @@ async def serve(flags: Flags) -> int:
     return await process.serve(
         "decode",
         flags,
-        lambda: loading.load(flags),
-        lambda engine, address, metrics, tls: assemble(
-            parts_of(engine, flags, address), flags.listen, metrics, tls, flags.health
+        lambda: load(flags),
+        lambda loaded, address, metrics, tls: assemble(
+            parts_of(loaded, flags, address), flags.listen, metrics, tls, flags.health
         ),
     )

@@ -19,7 +19,7 @@ from tandem.record import SamplingParams, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """One token to draw from the logits of a slice's last row."""
+    """One token to draw from the logits of one row of a slice."""
 
     index: int
     """Which of the request's n outputs; part of the noise's key."""
@@ -50,18 +50,40 @@ class Slice:
 
     request_id: str
     token_ids: Sequence[int]
-    """Ids to compute, at least one. In decode: the one token drawn last."""
+    """Ids to compute, at least one. In decode: the one token drawn last, maybe with drafts behind it."""
     start: int
     """Absolute position of the first; KV of 0 .. start-1 is in the cache already."""
     block_table: Sequence[int]
     """The sequence's blocks in order, covering at least start+len(token_ids) positions; those written are private."""
     samples: list[SampleSpec] = field(default_factory=list)
-    """Drawn from the LAST row's logits, one token each (n first tokens come from one prompt row). Empty: no logits."""
+    """Drawn from the LAST row's logits, one token each (n first tokens come from one prompt row). Empty: no logits.
+    With drafts: one for each of the last drafts + 1 rows, as if the drafts before it had been drawn."""
+    drafts: int = 0
+    """How many of `token_ids`, the last ones, are guesses at what will be drawn."""
 
     @property
     def end(self) -> int:
-        """Tokens of the sequence in the cache after this step."""
+        """Tokens of the sequence in the cache after this step, drafts included."""
         return self.start + len(self.token_ids)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that are no drafts."""
+        return len(self.token_ids) - self.drafts
+
+    @property
+    def num_sampled_rows(self) -> int:
+        """Rows, the last ones, that something is drawn from."""
+        return self.drafts + 1 if self.samples else 0
+
+    def standing(self, drawn: Sequence[int]) -> int:
+        """How many of the tokens drawn with drafts stand: all up to the first that isn't the draft of its place, which
+        stands too. Each later one was drawn behind a token that isn't there.
+        """
+        for place, draft in enumerate(self.token_ids[self.num_known :]):
+            if drawn[place] != draft:
+                return place + 1
+        return self.drafts + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +109,10 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step drew. `samples[i][j]` answers `batch.slices[i].samples[j]`; unsampled slices have an empty list."""
+    """What a step drew. `samples[i][j]` answers `batch.slices[i].samples[j]`; unsampled slices have an empty list.
+
+    Of a slice with drafts only what stands is there (`Slice.standing`): 1 to drafts + 1 tokens.
+    """
 
     samples: list[list[SampledToken]]
     errors: dict[int, TandemError] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """One sequence's blocks. Torch-free.
 
-The life of a table: `adopt` blocks of a cached prefix (or none) -> `ensure` before every step that writes ->
-`register_full` after every step that completed blocks -> `fork` for each further output of the prompt -> `free` once,
-when the sequence is over and no launched step names its blocks.
+The life of a table: `adopt` blocks of a cached prefix (or none) -> `ensure` before every step that writes, maybe
+`extend` for drafts -> after the step `trim` to what of them stands, `register_full` for completed blocks -> `fork` for
+each further output of the prompt -> `free` once, when the sequence is over and no launched step names its blocks.
 """
 
 from __future__ import annotations
@@ -72,6 +72,28 @@ class BlockTable:
         self.blocks.extend(fresh)
         self.num_tokens = max(self.num_tokens, num_tokens)
         return copies
+
+    def extend(self, num_tokens: int) -> bool:
+        """After `ensure` for the same step: room for drafts up to position num_tokens-1, in private blocks that are
+        free now. False: there is none, and nothing has changed.
+        """
+        if self._shared_places(num_tokens, self.num_tokens):
+            return False
+        needed = self.blocks_needed(num_tokens)
+        if not self._pool.can_allocate(needed):
+            return False
+        self.blocks.extend(self._pool.allocate(needed))
+        self.num_tokens = max(self.num_tokens, num_tokens)
+        return True
+
+    def trim(self, num_tokens: int) -> None:
+        """Take back promised positions from `num_tokens` on: what was written there counts no more, and blocks behind
+        are given back. Only positions that were never computed for good, so that no published block is among them.
+        """
+        keep = -(-num_tokens // self._pool.block_size)
+        self._pool.release(self.blocks[keep:])
+        del self.blocks[keep:]
+        self.num_tokens = min(self.num_tokens, num_tokens)
 
     def _shared_places(self, num_tokens: int, start: int | None) -> list[int]:
         """Places in `blocks` that will be written but aren't private."""

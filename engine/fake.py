@@ -84,6 +84,7 @@ class FakeRunner:
 
     def _run_slice(self, item: Slice) -> list[SampledToken]:
         tokens: list[int] = []
+        chains: list[int] = []
         chain = 0
         for position in range(item.end):
             place = position % self.block_size * SLOT_BYTES
@@ -96,7 +97,15 @@ class FakeRunner:
                 raise InternalError(f"{item.request_id}: position {position} reads unwritten or foreign KV")
             chain = found
             tokens.append(token)
-        return [self._sample(item, spec, tokens, chain) for spec in item.samples]
+            chains.append(chain)
+        if not item.drafts:
+            return [self._sample(item, spec, tokens, chain) for spec in item.samples]
+        ends = range(item.end - item.drafts, item.end + 1)
+        drawn = [
+            self._sample(item, spec, tokens[:end], chains[end - 1])
+            for end, spec in zip(ends, item.samples, strict=True)
+        ]
+        return drawn[: item.standing([sampled.token_id for sampled in drawn])]
 
     def _sample(self, item: Slice, spec: SampleSpec, tokens: list[int], chain: int) -> SampledToken:
         if [*spec.prompt, *spec.output] != tokens or spec.position != len(spec.output):

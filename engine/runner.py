@@ -39,7 +39,7 @@ class Runner:
             return StepOutput([])
         with torch.inference_mode():
             token_ids, meta = build_meta(batch.slices, self._block_size)
-            rows = last_rows(batch.slices, meta)
+            rows = sampled_rows(batch.slices, meta)
             predictions = self.model.step(token_ids, meta, self._kv, rows, greedy_rows(batch))
         return sample(batch, predictions)
 
@@ -88,7 +88,10 @@ def build_meta(slices: Sequence[Slice], block_size: int) -> tuple[torch.Tensor, 
     return torch.from_numpy(ids), meta
 
 
-def last_rows(slices: Sequence[Slice], meta: ForwardMeta) -> torch.Tensor:
-    """The rows whose logits are sampled, int64 [R]: the last of each slice that has samples."""
-    sampled = [number for number, part in enumerate(slices) if part.samples]
-    return meta.query_starts[1:][sampled].long() - 1
+def sampled_rows(slices: Sequence[Slice], meta: ForwardMeta) -> torch.Tensor:
+    """The rows whose logits are sampled, int64 [R]: of each slice that has samples the last, and one more a draft."""
+    ends = meta.query_starts.tolist()
+    rows: list[int] = []
+    for number, part in enumerate(slices):
+        rows.extend(range(ends[number + 1] - part.num_sampled_rows, ends[number + 1]))
+    return torch.tensor(rows, dtype=torch.int64)

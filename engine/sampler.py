@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, SampledToken, StepOutput
+from engine.batch import Batch, SampledToken, SampleSpec, Slice, StepOutput
 from engine.models.meta import NOT_PICKED, Predictions
 from kernels.sampling import ALL_BANNED, BAD_ID, NOT_FINITE, Draw, Drawn, draw_tokens
 from tandem.errors import InternalError, TandemError
@@ -22,25 +23,36 @@ FAILURES: Final = {
 
 def greedy_rows(batch: Batch) -> Tensor | None:
     """Which of the R rows that are sampled need their largest logit only: uint8 [R], or None when none does."""
-    flags = [all(spec.takes_largest for spec in part.samples) for part in batch.slices if part.samples]
+    flags = [flag for part in batch.slices for flag in _takes_largest(part)]
     return torch.tensor(flags, dtype=torch.uint8) if any(flags) else None
+
+
+def _takes_largest(part: Slice) -> list[bool]:
+    """Whether each sampled row of a slice needs its largest logit only."""
+    if part.drafts:
+        return [spec.takes_largest for spec in part.samples]
+    return [all(spec.takes_largest for spec in part.samples)] if part.samples else []
 
 
 def sample(batch: Batch, predictions: Predictions) -> StepOutput:
     """Draw every token that `batch` asks for.
 
-    `predictions` has one row for each slice with samples, in order. A slice with NaN or +inf logits, or with settings
-    that can't be met, fails alone: see `StepOutput.errors`.
+    `predictions` has `num_sampled_rows` rows for each slice, in order. A slice with NaN or +inf logits, or with
+    settings that can't be met, fails alone: see `StepOutput.errors`.
     """
-    parts = [part for part in batch.slices if part.samples]
-    picked = [NOT_PICKED] * len(parts) if predictions.best is None else predictions.best.tolist()
-    draws = [Draw(row, spec) for row, part in enumerate(parts) if picked[row] == NOT_PICKED for spec in part.samples]
-    drawn, best = iter(draw_tokens(predictions.logits, draws)), iter(picked)
+    rows = [row for row, _ in _rows_of(batch)]
+    specs = [spec for _, spec in _rows_of(batch)]
+    picked = [NOT_PICKED] * len(specs)
+    if predictions.best is not None:
+        best = predictions.best.tolist()
+        picked = [best[row] for row in rows]
+    draws = [Draw(rows[i], specs[i]) for i, token in enumerate(picked) if token == NOT_PICKED]
+    drawn = iter(draw_tokens(predictions.logits, draws))
+    answers = iter([next(drawn) if token == NOT_PICKED else Drawn(token) for token in picked])
     samples: list[list[SampledToken]] = []
     errors: dict[int, TandemError] = {}
     for number, part in enumerate(batch.slices):
-        token = next(best) if part.samples else NOT_PICKED
-        results = [next(drawn) if token == NOT_PICKED else Drawn(token) for _ in part.samples]
+        results = _standing(part, [next(answers) for _ in part.samples])
         failure = min((result.token_id for result in results), default=0)
         if failure < 0:
             errors[number] = InternalError(f"{part.request_id}: {FAILURES[failure]}")
@@ -48,6 +60,24 @@ def sample(batch: Batch, predictions: Predictions) -> StepOutput:
         else:
             samples.append([_sampled(result) for result in results])
     return StepOutput(samples, errors)
+
+
+def _rows_of(batch: Batch) -> Iterator[tuple[int, SampleSpec]]:
+    """Each spec with the row of the predictions that it is drawn from."""
+    first = 0
+    for part in batch.slices:
+        for place, spec in enumerate(part.samples):
+            yield first + (place if part.drafts else 0), spec
+        first += part.num_sampled_rows
+
+
+def _standing(part: Slice, results: list[Drawn]) -> list[Drawn]:
+    """What counts of a slice's draws. A failure behind drafts that agreed waits for the step that draws it alone."""
+    if not part.drafts:
+        return results
+    tokens = [result.token_id for result in results]
+    count = part.standing(tokens)
+    return results[: count - 1] if count > 1 and tokens[count - 1] < 0 else results[:count]
 
 
 def _sampled(result: Drawn) -> SampledToken:

@@ -176,6 +176,8 @@ class Attempt:
         """Publishes new tokens; returns the choices that ended with them."""
         ended = []
         for delta in _plain(deltas):
+            self._counted.draft_tokens += delta.drafted
+            self._counted.accepted_draft_tokens += delta.accepted
             events = self._outputs.accept(delta)
             self._publish_all(events)
             if any(isinstance(event, Finished) for event in events):

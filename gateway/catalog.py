@@ -47,6 +47,12 @@ class Catalog:
         reported = [worker.info.vocab_size for worker in self._ready() if worker.info.vocab_size]
         return min(reported, default=self._tokenizer.vocab_size)
 
+    @property
+    def proposers(self) -> set[str] | None:
+        """Those of all ready workers together; None while nobody can say."""
+        ready = self._ready()
+        return {name for worker in ready for name in worker.info.proposers} if ready else None
+
     def models(self) -> list[tuple[str, types_pb2.WorkerInfo, int, int]]:
         """(name, info, prefill workers, decode workers) per model id that has a ready decode worker."""
         found: dict[str, tuple[str, types_pb2.WorkerInfo, int, int]] = {}

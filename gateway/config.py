@@ -20,6 +20,7 @@ class Limits:
     max_logit_bias: int = 300
     max_n: int = 16
     max_logprobs: int = 20
+    max_draft_tokens: int = 64
     default_max_tokens: int = 4096
 
 

@@ -52,6 +52,7 @@ def asked(request: pb.GenerateRequest | pb.GenerateStreamRequest, limits: Limits
         skip_special=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        speculation=wire.speculation_from_pb(request.speculation),
         resume=_resumed(request.resume, limits) if request.HasField("resume") else None,
     )
 
@@ -83,6 +84,8 @@ def usage(counted: Counted) -> types_pb2.Usage:
         prompt_tokens=counted.prompt_tokens,
         cached_tokens=counted.cached_tokens,
         completion_tokens=counted.completion_tokens,
+        draft_tokens=counted.draft_tokens,
+        accepted_draft_tokens=counted.accepted_draft_tokens,
     )
 
 

@@ -228,6 +228,7 @@ class Outputs:
             logprobs=job.logprobs,
             priority=job.priority,
             arrival=job.arrival,
+            speculation=job.speculation,
         )
 
     def _choice(self, index: int) -> Choice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tandem.record import FinishReason, SamplingParams, StopRules, TokenLogprobs
+from tandem.record import FinishReason, SamplingParams, Speculation, StopRules, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Asked:
     skip_special: bool = True
     priority: int = 0
     cache_salt: str = ""
+    speculation: Speculation = field(default_factory=Speculation)
     resume: Resumed | None = None
 
 
@@ -74,6 +75,7 @@ class Job:
     """Who asks, from the authenticated identity; empty where nobody has to say."""
     cache_scope: str = ""
     """See `gateway.tenants`."""
+    speculation: Speculation = field(default_factory=Speculation)
     resumed: Resumed | None = None
 
 
@@ -112,6 +114,8 @@ class Counted:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     time_to_first_token_seconds: float = 0.0

@@ -74,6 +74,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         started = asyncio.get_running_loop().time()
         validation.check_sizes(asked, self._services.config.limits)
         self._catalog.check(asked.model)
+        validation.check_speculation(asked.speculation, self._services.config.limits, self._catalog.proposers)
         request_id = asked.request_id or uuid.uuid4().hex
         entered = self._live.enter(tenant, request_id, takes_over=asked.resume is not None)
         with bind_request(request_id, tenant):
@@ -123,6 +124,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             arrival=time.time(),
             tenant=tenant,
             cache_scope=cache_scope(tenant, asked.cache_salt),
+            speculation=asked.speculation,
             resumed=asked.resume,
         )
 

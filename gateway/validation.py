@@ -10,7 +10,7 @@ from typing import Any
 from gateway.config import Limits
 from gateway.plain import Asked
 from tandem.errors import InvalidRequestError
-from tandem.record import SamplingParams, StopRules
+from tandem.record import SamplingParams, Speculation, StopRules
 
 # name: (least, most, whether the least itself is allowed)
 _FLOATS: dict[str, tuple[float, float, bool]] = {
@@ -47,6 +47,16 @@ def check_sizes(asked: Asked, limits: Limits) -> None:
     _check_stops(asked, limits)
     if asked.logprobs is not None and not 0 <= asked.logprobs <= limits.max_logprobs:
         raise _bad("output.logprobs", f"{asked.logprobs} is outside 0 to {limits.max_logprobs}")
+
+
+def check_speculation(asked: Speculation, limits: Limits, proposers: set[str] | None) -> None:
+    """A proposer must be one that a worker has, as far as that is known (None: it isn't)."""
+    modes = ["auto", "off", *sorted(proposers or ())]
+    if asked.mode not in modes and proposers is not None:
+        raise _bad("speculation.mode", f"{asked.mode[:64]!r} is not one of {', '.join(modes)}")
+    most = limits.max_draft_tokens
+    if asked.max_tokens is not None and not 0 <= asked.max_tokens <= most:
+        raise _bad("speculation.max_tokens", f"{asked.max_tokens} is outside 0 to {most}")
 
 
 def check_input(text: str | None, messages: tuple[tuple[str, str], ...] | None, limits: Limits) -> None:

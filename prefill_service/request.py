@@ -72,7 +72,7 @@ def first_samples(record: Record, eos_token_ids: tuple[int, ...]) -> list[Sample
             position=len(output.token_ids),
             prompt=record.prompt,
             output=output.token_ids,
-            suppress=suppressed(record, output, stops),
+            suppress=suppressed(record, len(output.token_ids), stops),
             logprobs=record.logprobs,
         )
         for index, output in enumerate(record.outputs)

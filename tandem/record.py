@@ -57,6 +57,17 @@ class StopRules:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """How drafts are made for a request. They change its speed, never its tokens."""
+
+    mode: str = "auto"
+    """"auto": by whatever the worker has; "off"; or the name of a proposer, of which a worker that hasn't it makes off.
+    """
+    max_tokens: int | None = None
+    """Most drafts of one output in a step; None: the worker's own limit."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log probability of one chosen token and of the likeliest alternatives (likeliest first)."""
 
@@ -92,6 +103,7 @@ class Record:
     priority: int = 0
     arrival: float = 0.0
     """Seconds since the epoch at the gateway."""
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 @dataclass(slots=True)
@@ -102,3 +114,7 @@ class TokenDelta:
     position: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    drafted: int = 0
+    """Drafts that were verified in the steps that gave these tokens."""
+    accepted: int = 0
+    """Of these, how many became tokens."""

@@ -29,6 +29,8 @@ class WorkerIdentity:
     metrics_address: str = ""
     convert_kv_dtype: bool = False
     """Of a decode worker: it takes KV of another dtype and rounds it."""
+    proposers: tuple[str, ...] = ()
+    """Of a decode worker: who proposes drafts there."""
     host_id: str = ""
     """See `kv_transfer.registry.host_id`."""
 

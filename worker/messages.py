@@ -34,6 +34,7 @@ def info_to_pb(identity: WorkerIdentity, role: types_pb2.WorkerRole.ValueType) -
         quantization=identity.quantization,
         host_id=identity.host_id,
         convert_kv_dtype=identity.convert_kv_dtype,
+        proposers=identity.proposers,
     )
 
 

@@ -27,7 +27,7 @@ class StepMetrics:
         )
         self._checks = metrics.counter("integrity_checks", "Checks of the block pool's books, when idle.")
         self._failed_checks = metrics.counter("integrity_failures", "Checks that found the books wrong: our own bug.")
-        self._seen: dict[Counter, int] = {}
+        self._seen: dict[Counter, float] = {}
 
     def step(self, batch: Batch, seconds: float) -> None:
         """One step is over."""
@@ -60,7 +60,11 @@ class StepMetrics:
             (self._cancelled, counters.cancelled),
             (self._late_steps, counters.steps_after_cancel),
         )
-        for target, value in (*common, *more):
+        self.add((*common, *more))
+
+    def add(self, values: Iterable[tuple[Counter, float]]) -> None:
+        """Brings each counter to its value now."""
+        for target, value in values:
             if value > (before := self._seen.get(target, 0)):
                 target.inc(value - before)
                 self._seen[target] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.record import OutputState, Record
+from tandem.record import Record
 
 
 def stop_ids(record: Record, eos_token_ids: tuple[int, ...]) -> frozenset[int]:
@@ -11,6 +11,7 @@ def stop_ids(record: Record, eos_token_ids: tuple[int, ...]) -> frozenset[int]:
     return frozenset((*record.stopping.stop_token_ids, *eos))
 
 
-def suppressed(record: Record, output: OutputState, stops: frozenset[int]) -> tuple[int, ...]:
-    """Ids that must not be drawn next: everything that would stop the output before `min_tokens`."""
-    return tuple(sorted(stops)) if len(output.token_ids) < record.stopping.min_tokens else ()
+def suppressed(record: Record, count: int, stops: frozenset[int]) -> tuple[int, ...]:
+    """Ids that must not be drawn after the first `count` tokens of an output: all that would stop it before
+    `min_tokens`."""
+    return tuple(sorted(stops)) if count < record.stopping.min_tokens else ()

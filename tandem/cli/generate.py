@@ -30,6 +30,8 @@ from tandem.client.types import Delta, End, Finished, Options, PromptAccepted
 @click.option("--chat", is_flag=True, help="Send the prompt as a chat message, through the model's template.")
 @click.option("--token-ids", metavar="1,2,3", help="A prompt of token ids in place of text.")
 @click.option("--cache-salt", metavar="TEXT", help="Share cached prefixes only with requests of the same salt.")
+@click.option("--speculation", metavar="MODE", help="auto, off or a proposer, such as ngram.  [default: auto]")
+@click.option("--speculation-tokens", type=int, metavar="N", help="Most drafts a step.  [default: the server's]")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Give up after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 def command(

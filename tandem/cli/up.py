@@ -105,6 +105,14 @@ from tandem.supervisor.supervisor import Supervisor
     help="Let each worker hold its own copy of the weights (int8 workers of one machine share them).",
 )
 @click.option(
+    "--speculation",
+    metavar="MODE",
+    help="Who proposes drafts of tokens on decode workers: auto, off, or names with commas between, such as ngram. "
+    "They never change a token, and are verified only as far as that is faster.  [default: auto]",
+)
+@click.option("--speculation-tokens", type=int, metavar="N", help="Most drafts a step.  [default: the workers']")
+@click.option("--speculation-fixed", is_flag=True, help="Verify drafts whatever they cost: for tests and measurements.")
+@click.option(
     "--local-prefill-threshold",
     type=int,
     metavar="TOKENS",

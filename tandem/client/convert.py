@@ -33,6 +33,7 @@ SAMPLING = (
 )
 STOPPING = ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop_in_output")
 OUTPUT = ("logprobs", "skip_special_tokens")
+SPECULATION = {"speculation": "mode", "speculation_tokens": "max_tokens"}
 LONGEST_TIMEOUT = 365 * 86_400.0
 TOP = ("model", "request_id", "priority", "cache_salt")
 
@@ -53,7 +54,7 @@ def build_request(
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
-    unknown = sorted(set(given).difference(TOP, SAMPLING, STOPPING, OUTPUT))
+    unknown = sorted(set(given).difference(TOP, SAMPLING, STOPPING, OUTPUT, SPECULATION))
     if unknown:
         raise InvalidRequestError(f"unknown option {unknown[0]!r}", field=unknown[0])
     with _sendable("text" if prompt is not None else "messages" if token_ids is None else "token_ids"):
@@ -61,6 +62,9 @@ def build_request(
     request.sampling.CopyFrom(_filled(types_pb2.SamplingParams(), "sampling.", _pick(given, SAMPLING)))
     request.stopping.CopyFrom(_filled(types_pb2.StoppingParams(), "stopping.", _pick(given, STOPPING)))
     request.output.CopyFrom(_filled(inference_pb2.OutputParams(), "output.", _pick(given, OUTPUT)))
+    if any(name in given for name in SPECULATION):
+        values = {field: given[name] for name, field in SPECULATION.items() if name in given}
+        request.speculation.CopyFrom(_filled(types_pb2.SpeculationParams(), "speculation.", values))
     return _filled(request, "", _pick(given, TOP))
 
 
@@ -193,7 +197,13 @@ def deadline(timeout: float | None, default: float | None) -> float | None:
 
 
 def _usage(message: types_pb2.Usage) -> Usage:
-    return Usage(message.prompt_tokens, message.cached_tokens, message.completion_tokens)
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        completion_tokens=message.completion_tokens,
+        draft_tokens=message.draft_tokens,
+        accepted_draft_tokens=message.accepted_draft_tokens,
+    )
 
 
 def _timings(message: types_pb2.Timings) -> Timings:

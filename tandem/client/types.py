@@ -39,6 +39,10 @@ class Options(TypedDict, total=False):
     include_stop_in_output: bool
     logprobs: int
     skip_special_tokens: bool
+    speculation: str
+    """auto, off or the name of a proposer of drafts."""
+    speculation_tokens: int
+    """Most drafts of one output in a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,10 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    draft_tokens: int = 0
+    """Drafts that were verified."""
+    accepted_draft_tokens: int = 0
+    """Of these, those that became output tokens."""
 
 
 @dataclass(frozen=True, slots=True)

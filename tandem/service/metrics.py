@@ -86,6 +86,10 @@ class Metrics:
         """A counter `tandem_<name>_total` of this role."""
         return Counter(f"tandem_{name}", documentation, ["role"], registry=self.registry).labels(self.role)
 
+    def labelled_counter(self, name: str, documentation: str, label: str) -> Counter:
+        """A counter `tandem_<name>_total` with a label beside the role: call `labels(role, value)` on it."""
+        return Counter(f"tandem_{name}", documentation, ["role", label], registry=self.registry)
+
     def histogram(self, name: str, documentation: str, buckets: Sequence[float] = _LATENCY) -> Histogram:
         """A histogram `tandem_<name>` of this role."""
         return Histogram(
@@ -119,9 +123,9 @@ class Metrics:
             ),
             self.role,
         )
-        self.spec_decode_num_drafts = self.counter("spec_decode_num_drafts", "Drafts proposed.")
-        self.spec_decode_num_draft_tokens = self.counter("spec_decode_num_draft_tokens", "Draft tokens proposed.")
-        self.spec_decode_num_accepted_tokens = self.counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
+        self.spec_decode_num_drafts = self.counter("spec_decode_num_drafts", "Drafts of which a token was verified.")
+        self.spec_decode_num_draft_tokens = self.counter("spec_decode_num_draft_tokens", "Draft tokens verified.")
+        self.spec_decode_num_accepted_tokens = self.counter("spec_decode_num_accepted_tokens", "Draft tokens kept.")
 
     def _define_latencies(self) -> None:
         self.time_to_first_token_seconds = self.histogram("time_to_first_token_seconds", "Arrival to first token.")

@@ -8,7 +8,16 @@ from collections.abc import Iterable, Sequence
 
 from tandem.errors import InvalidRequestError
 from tandem.kv_layout import KvLayout
-from tandem.record import FinishReason, OutputState, Record, SamplingParams, StopRules, TokenDelta, TokenLogprobs
+from tandem.record import (
+    FinishReason,
+    OutputState,
+    Record,
+    SamplingParams,
+    Speculation,
+    StopRules,
+    TokenDelta,
+    TokenLogprobs,
+)
 from tandem.v1 import types_pb2 as pb
 
 _FINISH_TO_PB = {
@@ -67,6 +76,8 @@ def delta_to_pb(delta: TokenDelta) -> pb.TokenDelta:
         position=delta.position,
         token_ids=delta.token_ids,
         logprobs=logprobs_to_pb(delta.logprobs),
+        drafted=delta.drafted,
+        accepted=delta.accepted,
     )
 
 
@@ -78,6 +89,8 @@ def delta_from_pb(message: pb.TokenDelta) -> TokenDelta:
         token_ids=list(message.token_ids),
         # Asked first: a look into an absent message makes one, for every token.
         logprobs=logprobs_from_pb(message.logprobs) if message.HasField("logprobs") else [],
+        drafted=message.drafted,
+        accepted=message.accepted,
     )
 
 
@@ -124,6 +137,7 @@ def record_to_pb(record: Record) -> pb.Record:
         logprobs=record.logprobs,
         priority=record.priority,
         arrival_seconds=record.arrival,
+        speculation=pb.SpeculationParams(mode=record.speculation.mode, max_tokens=record.speculation.max_tokens),
     )
 
 
@@ -172,7 +186,13 @@ def record_from_pb(message: pb.Record) -> Record:
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         priority=message.priority,
         arrival=message.arrival_seconds,
+        speculation=speculation_from_pb(message.speculation),
     )
+
+
+def speculation_from_pb(message: pb.SpeculationParams) -> Speculation:
+    """Unset fields take their defaults."""
+    return Speculation(message.mode or "auto", message.max_tokens if message.HasField("max_tokens") else None)
 
 
 def layout_to_pb(layout: KvLayout) -> pb.KvLayout:

@@ -31,6 +31,7 @@ LEAST: dict[str, int] = {
     "max_queue": 1,
     "local_prefill_threshold": 0,
     "drain_grace": 0,
+    "speculation_tokens": 1,
 }
 """The least value of each number that may be given; what a worker knows better, it says itself."""
 
@@ -59,6 +60,9 @@ class UpSettings:
     prefix_cache: bool = True
     share_weights: bool = True
     drain_grace: float = 10.0
+    speculation: str | None = None
+    speculation_tokens: int | None = None
+    speculation_fixed: bool = False
     local_prefill_threshold: int | None = None
     max_queue: int | None = None
     default_timeout: float | None = None
@@ -118,8 +122,14 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--drain-grace": settings.drain_grace,
         "--log-level": settings.log_level,
     }
-    switches = {"--no-prefix-cache": settings.prefix_cache, "--no-share-weights": settings.share_weights}
-    return _flags({**values, **_tls(settings)}) + [flag for flag, on in switches.items() if not on]
+    if role == "decode":
+        values |= {"--speculation": settings.speculation, "--speculation-tokens": settings.speculation_tokens}
+    switches = {
+        "--no-prefix-cache": not settings.prefix_cache,
+        "--no-share-weights": not settings.share_weights,
+        "--speculation-fixed": settings.speculation_fixed and role == "decode",
+    }
+    return _flags({**values, **_tls(settings)}) + [flag for flag, on in switches.items() if on]
 
 
 def gateway_arguments(settings: UpSettings, listen: Address, http: Address, workers_file: Path) -> list[str]:

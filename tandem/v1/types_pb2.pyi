@@ -241,6 +241,34 @@ class StoppingParams(_message.Message):
 Global___StoppingParams: _TypeAlias = StoppingParams  # noqa: Y015
 
 @_typing.final
+class SpeculationParams(_message.Message):
+    """How drafts are made for a request, to be verified several tokens a step. They change its speed, never its tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    mode: _builtins.str
+    """"auto": by whatever the worker has, as far as it pays; "off"; or the name of one proposer, such as "ngram". Default auto."""
+    max_tokens: _builtins.int
+    """Most drafts of one output in a step. Default: the worker's own limit, which is the most, too."""
+    def __init__(
+        self,
+        *,
+        mode: _builtins.str = ...,
+        max_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "max_tokens", b"max_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "max_tokens", b"max_tokens", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+
+Global___SpeculationParams: _TypeAlias = SpeculationParams  # noqa: Y015
+
+@_typing.final
 class TokenLogprobs(_message.Message):
     """Log probabilities of consecutive tokens, as packed parallel arrays."""
 
@@ -289,21 +317,28 @@ class Usage(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
     """Prompt tokens whose KV came from a prefix cache."""
     completion_tokens: _builtins.int
     """Output tokens of all choices."""
+    draft_tokens: _builtins.int
+    """Drafts that were verified, and of these those that became output tokens."""
+    accepted_draft_tokens: _builtins.int
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        draft_tokens: _builtins.int = ...,
+        accepted_draft_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "draft_tokens", b"draft_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -402,6 +437,7 @@ class Record(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     ARRIVAL_SECONDS_FIELD_NUMBER: _builtins.int
     CACHE_SCOPE_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model_id: _builtins.str
     tenant: _builtins.str
@@ -428,6 +464,8 @@ class Record(_message.Message):
     def stopping(self) -> Global___StoppingParams:
         """Complete but for `stop`, which is the gateway's."""
 
+    @_builtins.property
+    def speculation(self) -> Global___SpeculationParams: ...
     def __init__(
         self,
         *,
@@ -442,10 +480,11 @@ class Record(_message.Message):
         priority: _builtins.int = ...,
         arrival_seconds: _builtins.float = ...,
         cache_scope: _builtins.str = ...,
+        speculation: Global___SpeculationParams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "logprobs", b"logprobs", "sampling", b"sampling", "speculation", b"speculation", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "arrival_seconds", b"arrival_seconds", "cache_scope", b"cache_scope", "logprobs", b"logprobs", "model_id", b"model_id", "outputs", b"outputs", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "arrival_seconds", b"arrival_seconds", "cache_scope", b"cache_scope", "logprobs", b"logprobs", "model_id", b"model_id", "outputs", b"outputs", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "stopping", b"stopping", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -463,9 +502,14 @@ class TokenDelta(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    DRAFTED_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     position: _builtins.int
     """Place of the first token within the output, from 0."""
+    drafted: _builtins.int
+    """Drafts that were verified in the steps that gave these tokens, and of these those that became tokens."""
+    accepted: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -477,10 +521,12 @@ class TokenDelta(_message.Message):
         position: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: Global___TokenLogprobs | None = ...,
+        drafted: _builtins.int = ...,
+        accepted: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "logprobs", b"logprobs", "position", b"position", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "drafted", b"drafted", "index", b"index", "logprobs", b"logprobs", "position", b"position", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -563,6 +609,7 @@ class WorkerInfo(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     CONVERT_KV_DTYPE_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
+    PROPOSERS_FIELD_NUMBER: _builtins.int
     role: Global___WorkerRole.ValueType
     incarnation: _builtins.str
     """New at every start; a message to an old one is refused."""
@@ -597,6 +644,10 @@ class WorkerInfo(_message.Message):
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Transports it can use, best first."""
 
+    @_builtins.property
+    def proposers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of a decode worker: the proposers of drafts that it has. None: it doesn't speculate."""
+
     def __init__(
         self,
         *,
@@ -619,10 +670,11 @@ class WorkerInfo(_message.Message):
         quantization: _builtins.str = ...,
         convert_kv_dtype: _builtins.bool = ...,
         host_id: _builtins.str = ...,
+        proposers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "convert_kv_dtype", b"convert_kv_dtype", "eos_token_ids", b"eos_token_ids", "host_id", b"host_id", "incarnation", b"incarnation", "layout", b"layout", "max_context", b"max_context", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model_id", b"model_id", "model_name", b"model_name", "numerics_id", b"numerics_id", "pid", b"pid", "quantization", b"quantization", "role", b"role", "total_blocks", b"total_blocks", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "convert_kv_dtype", b"convert_kv_dtype", "eos_token_ids", b"eos_token_ids", "host_id", b"host_id", "incarnation", b"incarnation", "layout", b"layout", "max_context", b"max_context", "max_sequences", b"max_sequences", "metrics_address", b"metrics_address", "model_id", b"model_id", "model_name", b"model_name", "numerics_id", b"numerics_id", "pid", b"pid", "proposers", b"proposers", "quantization", b"quantization", "role", b"role", "total_blocks", b"total_blocks", "transports", b"transports", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

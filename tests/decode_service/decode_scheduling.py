@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from decode_service.config import SchedulerConfig
 from decode_service.events import Admission, Ended, Event, Finished, Tokens
 from decode_service.scheduler import Scheduler
+from decode_service.speculation.config import SpeculationConfig
+from decode_service.speculation.proposer import Ask, Draft, OutputKey
+from decode_service.speculation.speculator import Speculator
 from engine.batch import Batch, Slice, StepOutput
 from engine.block_pool import BlockPool
 from engine.fake import FakeRunner
@@ -41,6 +45,36 @@ class TestRunner(FakeRunner):
         return output
 
 
+class Knowing:
+    """A proposer that knows what comes: `right(ask)` says how many tokens of it to tell before it lies.
+
+    Lies are ids next to the right one, or outside the vocabulary.
+    """
+
+    name = "knowing"
+    cheap = True
+
+    def __init__(self, truth: Callable[[OutputKey], list[int]], right: Callable[[Ask], int]) -> None:
+        self.truth, self.right = truth, right
+        self.known: set[OutputKey] = set()
+
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        self.known.update(ask.key for ask in asks)
+        return [self._one(ask) for ask in asks]
+
+    def _one(self, ask: Ask) -> Draft:
+        rest = self.truth(ask.key)[len(ask.output) :]
+        right = min(self.right(ask), len(rest))
+        lie = (rest[right] + 1) % (VOCAB + 1) if right < len(rest) else -1
+        return Draft([*rest[:right], lie, *[lie] * ask.limit][: ask.limit], strength=min(right, 7))
+
+    def observe(self, key: OutputKey, tokens: Sequence[int], accepted: int) -> None:
+        assert 0 <= accepted <= len(tokens)
+
+    def finished(self, key: OutputKey) -> None:
+        self.known.discard(key)
+
+
 @dataclass
 class Seen:
     """What a gateway saw of one request: tokens by (index, position), ends."""
@@ -48,6 +82,8 @@ class Seen:
     tokens: dict[int, dict[int, int]] = field(default_factory=dict)
     logprobs: dict[int, int] = field(default_factory=dict)
     finished: dict[int, FinishReason] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
     ended: Ended | None = None
     error: TandemError | None = None
 
@@ -60,10 +96,19 @@ class Seen:
 class Driver:
     """A scheduler with a shadow engine; checks the books after each step."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, *, prefix_cache: bool = True, **limits: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        *,
+        prefix_cache: bool = True,
+        speculation: SpeculationConfig | None = None,
+        **limits: int,
+    ) -> None:
         values = {"max_step_tokens": 16, "max_sequences": 16, "max_context": 512, "vocab_size": VOCAB, **limits}
         self.pool = BlockPool(num_blocks, block_size, prefix_cache=prefix_cache)
-        self.scheduler = Scheduler(SchedulerConfig(eos_token_ids=(EOS,), **values), self.pool)
+        speculator = Speculator(speculation or SpeculationConfig(), VOCAB)
+        self.scheduler = Scheduler(SchedulerConfig(eos_token_ids=(EOS,), **values), self.pool, speculator)
         self.runner = TestRunner(num_blocks, block_size)
         self.seen: dict[str, Seen] = {}
 
@@ -78,6 +123,8 @@ class Driver:
                     for offset, token in enumerate(delta.token_ids):
                         old = seen.tokens.setdefault(delta.index, {}).setdefault(delta.position + offset, token)
                         assert old == token, "a token changed"
+                    seen.drafted += delta.drafted
+                    seen.accepted += delta.accepted
                     seen.logprobs[delta.index] = seen.logprobs.get(delta.index, 0) + len(delta.logprobs)
             elif isinstance(event, Finished):
                 assert event.index not in seen.finished, "finished twice"
@@ -101,6 +148,7 @@ class Driver:
                 self.take(self.scheduler.fail_step(TandemError(str(exc))))
             else:
                 self.take(self.scheduler.update(batch, output))
+                self.scheduler.timed(batch, 1.0 + 0.05 * batch.num_tokens)
         self.scheduler.check_integrity()
         return batch
 

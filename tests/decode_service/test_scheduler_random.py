@@ -1,14 +1,19 @@
-"""Random lives in tiny pools: books agree after every step, tokens are an undisturbed run's, the oldest finishes."""
+"""Random lives in tiny pools, with drafts of all kinds: books agree after every step, tokens are those of an
+undisturbed run, the oldest finishes.
+"""
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
-from decode_scheduling import Driver, Seen, make_record, undisturbed
+from decode_scheduling import Driver, Knowing, Seen, make_record, undisturbed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from decode_service.events import Admission
+from decode_service.speculation.config import SpeculationConfig
+from decode_service.speculation.proposer import OutputKey
 from tandem.errors import OverloadedError
 from tandem.record import FinishReason, Record, TokenDelta
 
@@ -23,13 +28,27 @@ def whole_of(prompt: int, most: int, n: int, seed: int) -> Seen:
 class Life:
     """One random run. `wanted` holds each request's undisturbed outputs, `remote` what waits for a transfer."""
 
-    def __init__(self, num_blocks: int, cache: bool) -> None:
-        self.driver = Driver(num_blocks, BLOCK, prefix_cache=cache, max_step_tokens=7, mixed_prefill_tokens=3)
+    def __init__(self, num_blocks: int, cache: bool, drafts: tuple[int, ...]) -> None:
+        """`drafts`: how many tokens of each draft are right, in turn; none: no drafts."""
+        turns = itertools.cycle(drafts)
+        self.proposer = Knowing(self.truth, lambda ask: next(turns))
+        speculation = SpeculationConfig([self.proposer], max_tokens=5, fixed=True) if drafts else None
+        self.driver = Driver(
+            num_blocks,
+            BLOCK,
+            prefix_cache=cache,
+            speculation=speculation,
+            max_step_tokens=7,
+            mixed_prefill_tokens=3,
+        )
         self.records: dict[str, tuple] = {}
         self.remote: dict[str, Admission] = {}
         self.releasing: set[str] = set()
         self.stopped: dict[str, set[int]] = {}
         self.given: dict[tuple[str, int], int] = {}
+
+    def truth(self, key: OutputKey) -> list[int]:
+        return whole_of(*self.records[key.request][:4]).output(key.output)
 
     def fresh(self, key: str) -> tuple[Record, Seen]:
         prompt, most, n, seed, have = self.records[key]
@@ -123,6 +142,7 @@ class Life:
         self.driver.run(limit=1500)
         self.driver.assert_empty()
         assert self.driver.scheduler.counters.worst_steps_after_cancel == 0
+        assert not self.proposer.known
 
     def check(self) -> None:
         for key, seen in self.driver.seen.items():
@@ -154,9 +174,9 @@ ACTIONS = (
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data(), st.integers(6, 16), st.booleans())
-def test_random_lives(data: st.DataObject, num_blocks: int, cache: bool) -> None:
-    life = Life(num_blocks, cache)
+@given(st.data(), st.integers(6, 16), st.booleans(), st.lists(st.integers(0, 5), max_size=4))
+def test_random_lives(data: st.DataObject, num_blocks: int, cache: bool, drafts: list[int]) -> None:
+    life = Life(num_blocks, cache, tuple(drafts))
     for _ in range(data.draw(st.integers(3, 40))):
         data.draw(st.sampled_from(ACTIONS))(life, data)
         life.driver.scheduler.check_integrity()

@@ -30,6 +30,8 @@ class Variant:
     sampled: int = 32
     compute: Literal["exact", "int8"] = "exact"
     prefill_block_size: int = BLOCK_SIZE
+    speculation: Literal["off", "auto", "fixed"] = "auto"
+    """Drafts by prompt lookup: none, as many as pay, or all of them at full length, right or wrong."""
 
     @property
     def name(self) -> str:
@@ -39,6 +41,7 @@ class Variant:
             f"{'cache' if self.prefix_cache else 'nocache'}-{self.workers}w{'-preempt' if self.preempt else ''}"
             f"{'' if self.prefill else '-aggregated'}{'' if self.compute == 'exact' else '-int8'}"
             f"{'' if self.prefill_block_size == BLOCK_SIZE else f'-blocks{self.prefill_block_size}'}"
+            f"{'' if self.speculation == 'auto' else f'-drafts-{self.speculation}'}"
         )
 
     def chosen(self, prompts: Mapping[int, list[int]], longest: int | None = None) -> dict[int, list[int]]:
@@ -68,6 +71,9 @@ class Variant:
         flags += ["--decode", str(self.workers), "--prefill", str(self.workers if self.prefill else 0)]
         # Decode would prefill short prompts itself, and then nothing would travel.
         flags += ["--local-prefill-threshold", "0"] if self.prefill else []
+        flags += ["--speculation", "off" if self.speculation == "off" else "ngram"]
+        if self.speculation == "fixed":
+            flags.append("--speculation-fixed")
         if not self.prefix_cache:
             flags.append("--no-prefix-cache")
         if self.preempt:
@@ -80,7 +86,7 @@ class Variant:
 
 
 # What all others are compared with, and `transformers` with it.
-BASELINE = Variant(prefix_cache=False, workers=2)
+BASELINE = Variant(prefix_cache=False, workers=2, speculation="off")
 
 
 def _full() -> list[Variant]:
@@ -99,6 +105,7 @@ def _full() -> list[Variant]:
         Variant(prefill=False),
         Variant(prefill=False, concurrency=1),
         Variant(prefill=False, prefix_cache=False, preempt=True, pick="many"),
+        *(Variant(concurrency=limit, speculation="fixed") for limit in (1, 16)),
     ]
 
 
@@ -107,11 +114,11 @@ FULL = _full()
 # With the baseline: every pair of values of any two axes (but preemption at one at a time) in at least one row, and
 # every value in at least one row that runs all prompts (but chunk size 1). test_matrix.py holds this.
 PAIRWISE = [
-    Variant(512, "shm", 16, True, 1, True),
+    Variant(512, "shm", 16, True, 1, True, speculation="fixed"),
     Variant(7, "shm", 16, False, 2, True, pick="many"),
     Variant(1, "grpc", 16, False, 1, True, pick="few", sampled=16),
     Variant(512, "grpc", 1, False, 2, False, pick="few", greedy=32, sampled=16),
-    Variant(64, "shm", 1, False, 2, False, greedy=16, sampled=16),
+    Variant(64, "shm", 1, False, 2, False, greedy=16, sampled=16, speculation="fixed"),
     Variant(1, "shm", 1, True, 2, False, pick="few", greedy=32, sampled=16),
     Variant(prefill=False, pick="many"),
     Variant(64, "grpc", 16, True, 1, True, pick="many"),
@@ -120,8 +127,15 @@ PAIRWISE = [
 
 # Compute int8 keeps the promise among its own runs: the first is what the others are compared with.
 INT8 = [
-    Variant(prefix_cache=False, compute="int8"),
+    Variant(prefix_cache=False, compute="int8", speculation="off"),
     Variant(7, "grpc", 16, True, 2, False, pick="many", compute="int8"),
-    Variant(64, "shm", 16, True, 1, True, greedy=32, sampled=16, compute="int8", prefill_block_size=24),
+    Variant(
+        *(64, "shm", 16, True, 1, True),
+        greedy=32,
+        sampled=16,
+        compute="int8",
+        prefill_block_size=24,
+        speculation="fixed",
+    ),
     Variant(512, "shm", 1, False, 1, False, prefill=False, pick="few", compute="int8"),
 ]

@@ -57,10 +57,18 @@ def test_each_compute_has_a_row_with_blocks_of_two_sizes() -> None:
         assert any(row.prefill and row.prefill_block_size % matrix.BLOCK_SIZE for row in rows)
 
 
+def test_what_others_are_compared_with_is_drawn_one_by_one() -> None:
+    """And each compute has rows that verify every draft, at 1 and at 16 of compute exact."""
+    assert matrix.BASELINE.speculation == matrix.INT8[0].speculation == "off"
+    assert all(row.speculation != "off" for row in [*matrix.PAIRWISE, *matrix.INT8[1:], *matrix.FULL])
+    assert {row.concurrency for row in matrix.PAIRWISE if row.speculation == "fixed" and row.pick == "all"} == {1, 16}
+    assert any(row.speculation == "fixed" for row in matrix.INT8)
+
+
 def test_the_full_matrix_is_full() -> None:
     """Every combination that means something, and the aggregated mode; all prompts unless that can't preempt."""
     rows = [matrix.BASELINE, *matrix.FULL]
-    assert len(set(rows)) == len(rows) == 96 + 3
+    assert len(set(rows)) == len(rows) == 96 + 3 + 2
     assert all((row.greedy, row.sampled) == (64, 32) for row in rows)
     assert all(row.pick == "all" for row in rows if not row.preempt)
     assert sum(row.pick == "all" for row in rows if row.preempt) == 8

@@ -278,6 +278,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
                 if index in finished or position < starts[index]:
                     continue
                 delta = types_pb2.TokenDelta(index=index, position=position, token_ids=[self.token(index, position)])
+                if record.speculation.mode == "ngram":
+                    delta.drafted, delta.accepted = 3, 1
                 if record.HasField("logprobs"):
                     delta.logprobs.CopyFrom(_logprobs(delta.token_ids[0], record.logprobs))
                 await self._send(start, context, delta)

@@ -105,6 +105,38 @@ async def test_choices_and_logprobs(cluster: Cluster, serve: Any) -> None:
     assert cluster.prefill[0].requests[0].record.logprobs == 2
 
 
+async def test_drafts_are_chosen_by_the_request_and_told_at_its_end(cluster: Cluster, serve: Any) -> None:
+    await cluster.start()
+    cluster.decode[0].info.proposers.append("ngram")
+    front = await serve()
+    options = types_pb2.SpeculationParams(mode="ngram", max_tokens=4)
+    responses = await front.collect(front.stream(tokens=4, speculation=options))
+    assert cluster.decode[0].records[0].speculation == options
+    usage = responses[-1].end.usage
+    assert (usage.draft_tokens, usage.accepted_draft_tokens) == (12, 4)
+    usage = (await front.collect(front.stream(tokens=4)))[-1].end.usage
+    assert cluster.decode[0].records[1].speculation.mode == "auto"
+    assert (usage.draft_tokens, usage.accepted_draft_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "magic"}, "speculation.mode: 'magic' is not one of auto, off, ngram"),
+        ({"max_tokens": 65}, "speculation.max_tokens: 65 is outside 0 to 64"),
+    ],
+)
+async def test_speculation_that_cannot_be(cluster: Cluster, serve: Any, options: dict[str, Any], message: str) -> None:
+    await cluster.start()
+    cluster.decode[0].info.proposers.append("ngram")
+    front = await serve()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await front.collect(front.stream(speculation=types_pb2.SpeculationParams(**options)))
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, InvalidRequestError)
+    assert message in error.message
+
+
 @pytest.mark.parametrize("include", [False, True])
 async def test_stop_string_over_token_boundaries(
     cluster: Cluster, serve: Any, tokenizer: Tokenizer, include: bool

@@ -120,3 +120,31 @@ def test_only_full_computed_hashed_blocks_are_published(pool: BlockPool) -> None
     assert pool.peek([b"a", b"b"]) == 1
     table.register_full([b"a", b"b"], 12)
     assert pool.peek([b"a", b"b", b"c"]) == 2
+
+
+def test_drafts_take_free_blocks_only_and_give_them_back(pool: BlockPool) -> None:
+    table, other = BlockTable(pool), BlockTable(pool)
+    table.ensure(7)
+    other.ensure(16)
+    assert table.extend(8)
+    assert table.extend(14)
+    assert (len(table), table.num_tokens, pool.num_free) == (4, 14, 0)
+    assert not table.extend(17)
+    assert (len(table), table.num_tokens) == (4, 14)
+    table.trim(9)
+    assert (len(table), table.num_tokens, pool.num_free) == (3, 9, 1)
+    table.trim(9)
+    assert table.ensure(10, start=9) == []
+    pool.check_integrity([table.held, other.held])
+
+
+def test_drafts_leave_the_sources_of_copies_held(pool: BlockPool) -> None:
+    parent = BlockTable(pool)
+    parent.ensure(6)
+    child = parent.fork()
+    ((source, _),) = child.ensure(7)
+    assert child.extend(10)
+    assert source in child.held
+    child.trim(7)
+    child.settle()
+    pool.check_integrity([parent.held, child.held])

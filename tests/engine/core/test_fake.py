@@ -139,3 +139,15 @@ def test_reading_side_by_side_is_fine(runner: FakeRunner) -> None:
     step(runner, Slice("a", [9], 4, [0, 1]), Slice("b", [8], 4, [0, 2]))
     assert len(runner.batches) == 2
     assert (runner.batches[1].num_tokens, runner.batches[1].slices[0].end) == (2, 5)
+
+
+def test_drafts_are_drawn_as_if_one_by_one(runner: FakeRunner) -> None:
+    prompt = [1, 2, 3]
+    first = runner.expected(prompt, 0, 0, 0)
+    second = runner.expected([*prompt, first], 0, 0, 1)
+    third = runner.expected([*prompt, first, second], 0, 0, 2)
+    step(runner, Slice("a", prompt, 0, [3, 5]))
+    for drafts, want in (([second, 7], [second, third]), ([7, third], [second])):
+        specs = [spec(prompt, [first, *drafts[:i]]) for i in range(3)]
+        output = step(runner, Slice("a", [first, *drafts], 3, [3, 5], specs, drafts=2))
+        assert [item.token_id for item in output.samples[0]] == want

@@ -1,0 +1,117 @@
+"""What a step costs by its rows, measured as it goes: a table for each size of batch.
+
+A row is a token that is computed: one an output that decodes, one more a draft. Times differ in steps (tiles of rows)
+and from machine to machine, so nothing is assumed of their shape but that a row is never free of charge for long: what
+was not measured yet is taken from its neighbours, and before anything was, from `base` (measured at the start, alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
+
+Cost = Callable[[int], float]
+"""Seconds of a step with so many drafts in all."""
+MEMORY: Final = 1 - 1 / 16
+"""What a mean keeps of its past at each new step."""
+STALE: Final = 64
+"""Steps after which a mean is old,"""
+STALE_MEMORY: Final = 0.5
+"""and keeps only this."""
+OUTLIER: Final = 2.0
+"""A step counts as at most this many times its mean: something else had the machine."""
+DEFAULT_SLOPE: Final = 0.05
+"""Of a step of one row what another costs, where nothing was measured."""
+
+
+@dataclass(slots=True)
+class _Cell:
+    """Steps of one number of rows."""
+
+    seconds: float = 0.0
+    count: int = 0
+    last: int = 0
+    """The table's step at which it was measured last."""
+
+    def add(self, seconds: float, now: int) -> None:
+        if self.count:
+            seconds = min(seconds, OUTLIER * self.seconds)
+        memory = min(MEMORY if now - self.last < STALE else STALE_MEMORY, self.count / (self.count + 1))
+        self.seconds = self.seconds * memory + seconds * (1 - memory)
+        self.count += 1
+        self.last = now
+
+
+class StepCosts:
+    """Seconds of a step by outputs aboard and rows. One thread uses it."""
+
+    def __init__(self, base: Mapping[int, float] | None = None) -> None:
+        """`base`: seconds of a step by its rows, as far as measured at the start."""
+        places = sorted(base or {})
+        highest = accumulate((base[place] for place in places) if base else (), max)  # more rows never take less
+        self._base = dict(zip(places, highest, strict=True)) or {1: 1.0, 2: 1.0 + DEFAULT_SLOPE}
+        self._tables: dict[int, dict[int, _Cell]] = {}
+        self._steps: dict[int, int] = {}
+
+    def measured(self, outputs: int, rows: int, seconds: float) -> None:
+        """A step in which nothing but these outputs was computed took this long."""
+        batch = outputs.bit_length()
+        now = self._steps[batch] = self._steps.get(batch, 0) + 1
+        self._tables.setdefault(batch, {}).setdefault(_rung(rows), _Cell()).add(seconds, now)
+
+    def seconds(self, outputs: int, rows: int) -> float:
+        """What a step of so many rows takes while so many outputs are aboard."""
+        return self.line(outputs, rows)(0)
+
+    def line(self, outputs: int, rows: int) -> Cost:
+        """The same for `rows` and as many more as it is called with; valid until the next step is measured."""
+        table = self._tables.get(outputs.bit_length(), {})
+        found: dict[int, float] = {}
+
+        def seconds(more: int) -> float:
+            rung = _rung(rows + more)
+            if (value := found.get(rung)) is None:
+                value = found[rung] = table[rung].seconds if rung in table else self._unknown(table, rung)
+            return value
+
+        return seconds
+
+    def _unknown(self, table: Mapping[int, _Cell], rung: int) -> float:
+        """From the two neighbours that were measured; beyond them, what the base says they are apart."""
+        at_base = _between(self._base, rung)
+        if not table:
+            return at_base
+        below = max((other for other in table if other < rung), default=None)
+        above = min((other for other in table if other > rung), default=None)
+        if below is not None and above is not None:
+            low, high = table[below].seconds, table[above].seconds
+            return low + (high - low) * (rung - below) / (above - below)
+        near = above if below is None else below
+        assert near is not None
+        return table[near].seconds * at_base / _between(self._base, near)
+
+    def age(self, outputs: int, rows: int) -> int:
+        """Steps with a batch of this size since one of so many rows was measured; all of them, if none was."""
+        batch = outputs.bit_length()
+        cell = self._tables.get(batch, {}).get(_rung(rows))
+        return self._steps.get(batch, 0) - (cell.last if cell is not None else 0)
+
+
+def _rung(rows: int) -> int:
+    """Numbers of rows that are measured together, by the largest of them: each to 17, then by 4, by 16 from 64 on."""
+    if rows <= 17:
+        return rows
+    step = 4 if rows <= 64 else 16
+    return -(-rows // step) * step
+
+
+def _between(points: Mapping[int, float], rows: int) -> float:
+    """Seconds at `rows`, on the line through the two nearest of `points` (sorted, rising); beyond, on the last one."""
+    places = list(points)
+    if rows <= places[0] or len(places) == 1:
+        return points[places[0]]
+    high = next((i for i, place in enumerate(places) if place >= rows), len(places) - 1)
+    left, right = places[high - 1], places[high]
+    return points[left] + (points[right] - points[left]) * (rows - left) / (right - left)

@@ -1,0 +1,131 @@
+"""Which drafts are verified: adaptively, with probes that keep what was measured from growing old."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from decode_service.speculation.config import SpeculationConfig
+from decode_service.speculation.costs import StepCosts
+from decode_service.speculation.ngram import NgramProposer
+from decode_service.speculation.proposer import Ask, Draft, OutputKey
+from decode_service.speculation.registry import speculation
+from decode_service.speculation.speculator import PROBE_STEPS, Speculator, Want
+from tandem.errors import ConfigError
+from tandem.record import SamplingParams, Speculation
+
+KEY = OutputKey("r", 0)
+
+
+class Steady:
+    """Drafts that are right with their first `right` tokens; the truth is always 1."""
+
+    def __init__(self, name: str = "steady", *, cheap: bool = True, right: int = 4) -> None:
+        self.name, self.cheap, self.right = name, cheap, right
+        self.asked: list[int] = []
+
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        self.asked += [ask.limit for ask in asks]
+        return [Draft([*[1] * self.right, *[2] * ask.limit][: ask.limit]) for ask in asks]
+
+    def observe(self, key: OutputKey, tokens: Sequence[int], accepted: int) -> None:
+        pass
+
+    def finished(self, key: OutputKey) -> None:
+        pass
+
+
+def speculator(*proposers: Steady, slope: float = 0.02, most: int = 8) -> Speculator:
+    costs = StepCosts({1: 1.0, 101: 1.0 + 100 * slope})
+    return Speculator(SpeculationConfig(proposers, max_tokens=most), vocab_size=10, costs=costs)
+
+
+def step(spec: Speculator, slope: float, mode: str = "auto") -> int:
+    """One step of one output; returns the drafts that were verified."""
+    wants = [Want(Ask(KEY, [5], [1], spec.most, SamplingParams()), Speculation(mode))] if spec.wants(KEY) else []
+    drafts = [*spec.drafts(wants, outputs=1, rows=1), []][0]
+    accepted = next((i for i, token in enumerate(drafts) if token != 1), len(drafts))
+    assert spec.saw(KEY, [1] * (accepted + 1), drafts) == accepted
+    spec.timed(1, len(drafts), 0, 1.0 + slope * len(drafts))
+    return len(drafts)
+
+
+def test_drafts_are_as_long_as_they_are_right() -> None:
+    spec = speculator(Steady(right=4))
+    taken = [step(spec, 0.02) for _ in range(100)]
+    # Places 2 and 3, 4 to 7 are measured together: the length is where the chance falls.
+    assert set(taken[-20:]) <= {4, 5}
+
+
+def test_wrong_drafts_stop_being_verified_and_come_back_when_they_are_right() -> None:
+    proposer = Steady(right=0)
+    spec = speculator(proposer, slope=0.1)
+    wrong = [step(spec, 0.1) for _ in range(100)]
+    assert sum(wrong[20:]) == 0
+    proposer.right = 8
+    right = [step(spec, 0.1) for _ in range(60)]
+    assert right[-1] == 8, "being right was noticed without verifying"
+
+
+def test_drafts_that_cost_too_much_are_not_verified_but_their_cost_is_looked_at_again() -> None:
+    spec = speculator(Steady(right=8), slope=2.0)
+    dear = [step(spec, 2.0) for _ in range(6 * PROBE_STEPS)]
+    assert 3 <= sum(count > 0 for count in dear) <= 12
+    cheap = [step(spec, 0.01) for _ in range(3 * PROBE_STEPS)]
+    assert cheap[-1] > 0
+
+
+def test_outputs_whose_drafts_are_no_good_are_asked_for_rarely() -> None:
+    proposer = Steady(right=0)
+    spec = speculator(proposer, slope=0.5)
+    for _ in range(200):
+        step(spec, 0.5)
+    before = len(proposer.asked)
+    for _ in range(80):
+        step(spec, 0.5)
+    assert len(proposer.asked) - before == 10
+
+
+def test_a_step_without_drafts_is_measured_now_and_then() -> None:
+    spec = speculator(Steady(right=8))
+    taken = [step(spec, 0.02) for _ in range(4 * PROBE_STEPS)]
+    assert 2 <= taken[20:].count(0) <= 5
+
+
+def test_a_costly_proposer_is_asked_for_as_much_as_pays() -> None:
+    proposer = Steady(cheap=False, right=2)
+    spec = speculator(proposer)
+    for _ in range(100):
+        step(spec, 0.05)
+    assert set(proposer.asked[-20:]) <= {2, 3}
+    proposer.right = 0
+    asked = len(proposer.asked)
+    for _ in range(4 * PROBE_STEPS):
+        step(spec, 0.05)
+    assert len(proposer.asked) - asked < 80
+
+
+def test_the_better_draft_wins_and_a_request_may_name_one() -> None:
+    spec = speculator(Steady("good", right=8), Steady("bad", right=0))
+    for _ in range(60):
+        step(spec, 0.02)
+    before = {name: counts.draft_tokens for name, counts in spec.counts.items()}
+    for _ in range(20):
+        step(spec, 0.02)
+    assert spec.counts["good"].draft_tokens > before["good"]
+    assert spec.counts["bad"].draft_tokens == before["bad"]
+    assert step(spec, 0.02, "bad") == 0
+    assert spec.limit(Speculation("bad", 3)) == 3
+    assert spec.limit(Speculation("nobody")) == 0
+
+
+def test_flags_name_proposers() -> None:
+    (proposer,) = speculation("auto", 4).proposers
+    assert isinstance(proposer, NgramProposer)
+    assert speculation("off", 4).proposers == []
+    assert [each.name for each in speculation("ngram, ngram", 4).proposers] == ["ngram"]
+    with pytest.raises(ConfigError, match="--speculation: 'magic' is not one of auto, off, ngram"):
+        speculation("ngram,magic", 4)
+    with pytest.raises(ConfigError, match="--speculation-tokens: must be 1 to 64, got 0"):
+        speculation("auto", 0)
