@@ -85,7 +85,7 @@ async def run_once(client: AsyncClient, workload: Workload, way: str) -> Round:
         async with limit:
             source = {"messages": [{"role": "user", "content": task.prompt}]} if task.chat else {"prompt": task.prompt}
             return await client.generate(
-                **source,  # type: ignore[arg-type]
+                **source,
                 temperature=task.temperature,
                 seed=task.seed,
                 max_tokens=workload.max_tokens,

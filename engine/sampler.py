@@ -8,9 +8,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, SampledToken, SampleSpec, Slice, StepOutput
+from engine.batch import Batch, SampledToken, Slice, StepOutput
 from engine.models.meta import NOT_PICKED, Predictions
-from kernels.sampling import ALL_BANNED, BAD_ID, NOT_FINITE, Draw, Drawn, draw_tokens
+from kernels.sampling import ALL_BANNED, BAD_ID, NOT_FINITE, SKIPPED, Draw, Drawn, draw_tokens
 from tandem.errors import InternalError, TandemError
 from tandem.record import TokenLogprobs
 
@@ -40,13 +40,12 @@ def sample(batch: Batch, predictions: Predictions) -> StepOutput:
     `predictions` has `num_sampled_rows` rows for each slice, in order. A slice with NaN or +inf logits, or with
     settings that can't be met, fails alone: see `StepOutput.errors`.
     """
-    rows = [row for row, _ in _rows_of(batch)]
-    specs = [spec for _, spec in _rows_of(batch)]
-    picked = [NOT_PICKED] * len(specs)
+    wanted = list(_draws(batch))
+    picked = [NOT_PICKED] * len(wanted)
     if predictions.best is not None:
         best = predictions.best.tolist()
-        picked = [best[row] for row in rows]
-    draws = [Draw(rows[i], specs[i]) for i, token in enumerate(picked) if token == NOT_PICKED]
+        picked = [best[draw.row] for draw in wanted]
+    draws = [draw for draw, token in zip(wanted, picked, strict=True) if token == NOT_PICKED]
     drawn = iter(draw_tokens(predictions.logits, draws))
     answers = iter([next(drawn) if token == NOT_PICKED else Drawn(token) for token in picked])
     samples: list[list[SampledToken]] = []
@@ -62,13 +61,20 @@ def sample(batch: Batch, predictions: Predictions) -> StepOutput:
     return StepOutput(samples, errors)
 
 
-def _rows_of(batch: Batch) -> Iterator[tuple[int, SampleSpec]]:
-    """Each spec with the row of the predictions that it is drawn from."""
-    first = 0
+def _draws(batch: Batch) -> Iterator[Draw]:
+    """A draw for each spec, from its row of the predictions. Those of drafts that are not the largest logit only follow
+    each other."""
+    row = 0
     for part in batch.slices:
-        for place, spec in enumerate(part.samples):
-            yield first + (place if part.drafts else 0), spec
-        first += part.num_sampled_rows
+        if not part.drafts:
+            yield from (Draw(row, spec) for spec in part.samples)
+            row += part.num_sampled_rows
+            continue
+        follows = False
+        for spec, expected in zip(part.samples, (*part.token_ids[part.num_known :], SKIPPED), strict=True):
+            yield Draw(row, spec, follows, expected)
+            follows = not spec.takes_largest
+            row += 1
 
 
 def _standing(part: Slice, results: list[Drawn]) -> list[Drawn]:

@@ -3,6 +3,7 @@
 #include "common.h"
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -12,7 +13,7 @@ using namespace tandem;
 namespace {
 
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
-enum Failure : int32_t { NOT_FINITE = -1, BAD_ID = -2, ALL_BANNED = -3 };  // in place of a token
+enum Failure : int32_t { NOT_FINITE = -1, BAD_ID = -2, ALL_BANNED = -3, SKIPPED = -4 };  // in place of a token
 
 // One draw's settings, as numpy lays them out (kernels/sampling.py, DRAW_DTYPE).
 struct Draw {
@@ -24,6 +25,8 @@ struct Draw {
     int64_t suppress_begin, suppress_end;
     int32_t top_k;
     int32_t logprobs;  // -1: none
+    int64_t first;     // the draw with which its run begins: itself, unless it follows others
+    int64_t expects;   // what must be drawn here for the next of the run to count
 };
 
 struct Lists {
@@ -392,11 +395,21 @@ void tandem_draw_tokens(const float* logits, int64_t vocab, const void* draws, i
                         const int32_t* bias_ids, const double* bias_values, const int32_t* suppress, int32_t* tokens,
                         float* logprobs, int32_t* top_tokens, float* top_values, int64_t top_width, int32_t threads) {
     const Lists lists{seen, bias_ids, bias_values, suppress};
+    std::vector<std::atomic<int64_t>> last((size_t)count);  // of a run, by its first: what lies behind counts no more
+    for (auto& each : last) each.store(count, std::memory_order_relaxed);
     parallel_dynamic(threads, count, [&](int64_t i) {
         static thread_local Scratch scratch;
         const Draw& draw = ((const Draw*)draws)[i];
+        std::atomic<int64_t>& end = last[(size_t)draw.first];
+        if (i > end.load(std::memory_order_relaxed)) {
+            tokens[i] = SKIPPED;
+            return;
+        }
         tokens[i] = draw_one(draw, lists, logits + draw.row * vocab, vocab, scratch, logprobs + i,
                              top_tokens + i * top_width, top_values + i * top_width);
+        if (tokens[i] == draw.expects) return;
+        for (int64_t now = end.load(); i < now && !end.compare_exchange_weak(now, i);) {
+        }
     });
 }
 }

@@ -45,10 +45,13 @@ DRAW_DTYPE = np.dtype(
         ("suppress_end", np.int64),
         ("top_k", np.int32),
         ("logprobs", np.int32),
+        ("first", np.int64),
+        ("expects", np.int64),
     ]
 )
-NOT_FINITE, BAD_ID, ALL_BANNED = -1, -2, -3
-"""In place of a token: the row has NaN or +inf; the spec names an id outside the vocabulary; no id is left."""
+NOT_FINITE, BAD_ID, ALL_BANNED, SKIPPED = -1, -2, -3, -4
+"""In place of a token: the row has NaN or +inf; the spec names an id outside the vocabulary; no id is left; an earlier
+draw of the run wasn't what it expects."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -78,11 +81,16 @@ class Draw:
 
     row: int
     spec: Spec
+    follows: bool = False
+    """It goes on with the draw before it, as a draft does: same prompt, and an output that begins with that one's. It
+    may be SKIPPED when that one, or one before in the run, did not draw what it `expects`."""
+    expects: int = SKIPPED
+    """The draft that stands here; SKIPPED: none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A drawn token, or NOT_FINITE, BAD_ID or ALL_BANNED. `logprob` is None unless asked for."""
+    """A drawn token, or NOT_FINITE, BAD_ID, ALL_BANNED or SKIPPED. `logprob` is None unless asked for."""
 
     token_id: int
     logprob: float | None = None
@@ -181,14 +189,17 @@ def _pack(draws: Sequence[Draw], shape: torch.Size) -> _Packed:
     bias_ids: list[int] = []
     bias_values: list[float] = []
     suppress: list[int] = []
+    first = begin = prompt_end = 0
     for i, draw in enumerate(draws):
         spec, params = draw.spec, draw.spec.params
-        begin, bias_begin, suppress_begin = len(seen), len(bias_ids), len(suppress)
-        if params.repetition_penalty != 1.0:  # the others leave the prompt alone
-            seen.extend(spec.prompt)
-        prompt_end = len(seen)
+        bias_begin, suppress_begin = len(bias_ids), len(suppress)
+        if not draw.follows:
+            first, begin = i, len(seen)
+            if params.repetition_penalty != 1.0:  # the others leave the prompt alone
+                seen.extend(spec.prompt)
+            prompt_end = len(seen)
         if params.has_penalties:
-            seen.extend(spec.output)
+            seen.extend(spec.output[len(seen) - prompt_end :])
         bias_ids.extend(params.logit_bias.keys())
         bias_values.extend(params.logit_bias.values())
         suppress.extend(spec.suppress)
@@ -210,6 +221,8 @@ def _pack(draws: Sequence[Draw], shape: torch.Size) -> _Packed:
             len(suppress),
             params.top_k,
             -1 if spec.logprobs is None else min(spec.logprobs, shape[1]),
+            first,
+            draw.expects,
         )
     if table["row"].min() < 0 or table["row"].max() >= shape[0]:
         raise InternalError(f"a draw names a row outside [0, {shape[0]})")

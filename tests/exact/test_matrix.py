@@ -68,7 +68,7 @@ def test_what_others_are_compared_with_is_drawn_one_by_one() -> None:
 def test_the_full_matrix_is_full() -> None:
     """Every combination that means something, and the aggregated mode; all prompts unless that can't preempt."""
     rows = [matrix.BASELINE, *matrix.FULL]
-    assert len(set(rows)) == len(rows) == 96 + 3 + 2
+    assert len(set(rows)) == len(rows) == 1 + 96 + 3 + 2
     assert all((row.greedy, row.sampled) == (64, 32) for row in rows)
     assert all(row.pick == "all" for row in rows if not row.preempt)
     assert sum(row.pick == "all" for row in rows if row.preempt) == 8

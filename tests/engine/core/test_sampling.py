@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.batch import SampleSpec
-from kernels.sampling import ALL_BANNED, BAD_ID, NOT_FINITE, Draw, Drawn, draw_reference, draw_tokens
+from kernels.sampling import ALL_BANNED, BAD_ID, NOT_FINITE, SKIPPED, Draw, Drawn, draw_reference, draw_tokens
 from tandem.errors import InternalError
 from tandem.record import SamplingParams
 
@@ -228,3 +228,18 @@ def test_bad_rows_are_our_bug() -> None:
         with pytest.raises(InternalError, match="row outside"):
             draw_tokens(torch.zeros(2, 5), [Draw(row, SampleSpec(0, GREEDY, 0))])
     assert draw_tokens(torch.zeros(0, 5), []) == []
+
+
+@pytest.mark.parametrize("params", [PARAMS[2], SamplingParams(repetition_penalty=1.3, frequency_penalty=0.5, seed=7)])
+@pytest.mark.parametrize("wrong", [0, 2, 5])
+def test_a_run_draws_what_each_draws_alone_until_one_is_not_as_expected(params: SamplingParams, wrong: int) -> None:
+    """Two runs side by side; in the first, what lies behind the wrong one is skipped, or drawn for nothing."""
+    rows, output = random_rows(257, 12), [3, 9, 9]
+    specs = [SampleSpec(0, params, 3 + i, prompt=[1, 5, 5], output=[*output, *range(i)]) for i in range(6)] * 2
+    alone = [drawn.token_id for drawn in draw(rows, specs)]
+    expected = [*(token if i != wrong else token + 1 for i, token in enumerate(alone[:6])), *alone[6:]]
+    runs = [Draw(i, spec, i % 6 > 0, expected[i]) for i, spec in enumerate(specs)]
+    got = [drawn.token_id for drawn in draw_tokens(rows, runs)]
+    assert got[: wrong + 1] == alone[: wrong + 1]
+    assert all(token in (SKIPPED, alone[i]) for i, token in enumerate(got[:6]))
+    assert got[6:] == alone[6:]
