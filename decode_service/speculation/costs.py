@@ -3,18 +3,19 @@
 A row is a token that is computed: one an output that decodes, one more a draft. Times differ in steps (tiles of rows)
 and from machine to machine, so nothing is assumed of their shape but that a row is never free of charge for long: what
 was not measured yet is taken from its neighbours, and before anything was, from `base` (measured at the start, alone).
+Each table has a pace that follows what slows all its steps alike, so that two of them are compared as if measured now.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
 
 Cost = Callable[[int], float]
 """Seconds of a step with so many drafts in all."""
-MEMORY: Final = 1 - 1 / 16
+MEMORY: Final = 1 - 1 / 64
 """What a mean keeps of its past at each new step."""
 STALE: Final = 64
 """Steps after which a mean is old,"""
@@ -22,26 +23,65 @@ STALE_MEMORY: Final = 0.5
 """and keeps only this."""
 OUTLIER: Final = 2.0
 """A step counts as at most this many times its mean: something else had the machine."""
+PACE_SHARE: Final = 1 / 4
+"""Of a step's surprise what is put down to the pace of everything: far more than a single mean takes of it."""
+SHORTEST: Final = 1e-6
+"""Seconds that a step takes at least, however coarse the clock."""
 DEFAULT_SLOPE: Final = 0.05
 """Of a step of one row what another costs, where nothing was measured."""
 
 
 @dataclass(slots=True)
 class _Cell:
-    """Steps of one number of rows."""
+    """Steps of one number of rows, at the table's pace."""
 
-    seconds: float = 0.0
-    count: int = 0
+    seconds: float
+    count: int = 2
+    """What it began with counts as two steps."""
     last: int = 0
     """The table's step at which it was measured last."""
 
     def add(self, seconds: float, now: int) -> None:
-        if self.count:
-            seconds = min(seconds, OUTLIER * self.seconds)
+        seconds = min(seconds, OUTLIER * self.seconds)
         memory = min(MEMORY if now - self.last < STALE else STALE_MEMORY, self.count / (self.count + 1))
         self.seconds = self.seconds * memory + seconds * (1 - memory)
         self.count += 1
         self.last = now
+
+
+@dataclass(slots=True)
+class _Table:
+    """Steps of one size of batch. `base` seconds by rows are what cells begin with."""
+
+    base: Mapping[int, float]
+    cells: dict[int, _Cell] = field(default_factory=dict)
+    steps: int = 0
+    pace: float = 1.0
+    """How much slower than its cells say everything is of late: contexts grow, others come and go on the machine."""
+
+    def measured(self, rows: int, seconds: float) -> None:
+        rung = _rung(rows)
+        if (cell := self.cells.get(rung)) is None:
+            cell = self.cells[rung] = _Cell(self.at(rung))
+        ratio = seconds / (cell.seconds * self.pace)
+        if self.steps:
+            ratio = min(max(ratio, 1 / OUTLIER), OUTLIER)
+        self.pace *= ratio ** max(PACE_SHARE, 1 / (self.steps + 1))
+        self.steps += 1
+        cell.add(seconds / self.pace, self.steps)
+
+    def at(self, rung: int) -> float:
+        """Seconds at pace 1; what was not measured lies between its neighbours, beyond them where the base has it."""
+        cells, at_base = self.cells, _between(self.base, rung)
+        if rung in cells:
+            return cells[rung].seconds
+        below = max((other for other in cells if other < rung), default=None)
+        above = min((other for other in cells if other > rung), default=None)
+        if below is not None and above is not None:
+            low, high = cells[below].seconds, cells[above].seconds
+            return low + (high - low) * (rung - below) / (above - below)
+        near = above if below is None else below
+        return at_base if near is None else cells[near].seconds * at_base / _between(self.base, near)
 
 
 class StepCosts:
@@ -52,14 +92,17 @@ class StepCosts:
         places = sorted(base or {})
         highest = accumulate((base[place] for place in places) if base else (), max)  # more rows never take less
         self._base = dict(zip(places, highest, strict=True)) or {1: 1.0, 2: 1.0 + DEFAULT_SLOPE}
-        self._tables: dict[int, dict[int, _Cell]] = {}
-        self._steps: dict[int, int] = {}
+        self._tables: dict[int, _Table] = {}
+
+    def _table(self, outputs: int) -> _Table:
+        batch = outputs.bit_length()
+        if (table := self._tables.get(batch)) is None:
+            table = self._tables[batch] = _Table(self._base)
+        return table
 
     def measured(self, outputs: int, rows: int, seconds: float) -> None:
         """A step in which nothing but these outputs was computed took this long."""
-        batch = outputs.bit_length()
-        now = self._steps[batch] = self._steps.get(batch, 0) + 1
-        self._tables.setdefault(batch, {}).setdefault(_rung(rows), _Cell()).add(seconds, now)
+        self._table(outputs).measured(rows, max(seconds, SHORTEST))
 
     def seconds(self, outputs: int, rows: int) -> float:
         """What a step of so many rows takes while so many outputs are aboard."""
@@ -67,36 +110,22 @@ class StepCosts:
 
     def line(self, outputs: int, rows: int) -> Cost:
         """The same for `rows` and as many more as it is called with; valid until the next step is measured."""
-        table = self._tables.get(outputs.bit_length(), {})
+        table = self._table(outputs)
         found: dict[int, float] = {}
 
         def seconds(more: int) -> float:
             rung = _rung(rows + more)
             if (value := found.get(rung)) is None:
-                value = found[rung] = table[rung].seconds if rung in table else self._unknown(table, rung)
+                value = found[rung] = table.at(rung) * table.pace
             return value
 
         return seconds
 
-    def _unknown(self, table: Mapping[int, _Cell], rung: int) -> float:
-        """From the two neighbours that were measured; beyond them, what the base says they are apart."""
-        at_base = _between(self._base, rung)
-        if not table:
-            return at_base
-        below = max((other for other in table if other < rung), default=None)
-        above = min((other for other in table if other > rung), default=None)
-        if below is not None and above is not None:
-            low, high = table[below].seconds, table[above].seconds
-            return low + (high - low) * (rung - below) / (above - below)
-        near = above if below is None else below
-        assert near is not None
-        return table[near].seconds * at_base / _between(self._base, near)
-
     def age(self, outputs: int, rows: int) -> int:
         """Steps with a batch of this size since one of so many rows was measured; all of them, if none was."""
-        batch = outputs.bit_length()
-        cell = self._tables.get(batch, {}).get(_rung(rows))
-        return self._steps.get(batch, 0) - (cell.last if cell is not None else 0)
+        table = self._table(outputs)
+        cell = table.cells.get(_rung(rows))
+        return table.steps - (cell.last if cell is not None else 0)
 
 
 def _rung(rows: int) -> int:

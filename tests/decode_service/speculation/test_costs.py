@@ -16,12 +16,13 @@ def test_what_was_measured_counts_and_the_rest_lies_between() -> None:
     costs = StepCosts({1: 1.0, 16: 1.6, 17: 2.0, 32: 2.3})
     assert costs.line(1, 1)(16) == 2.0
     assert costs.seconds(1, 8) == pytest.approx(1.28)
-    for _ in range(20):
+    for _ in range(200):
         costs.measured(1, 1, 10.0)
         costs.measured(1, 9, 14.0)
-    assert costs.seconds(1, 1) == pytest.approx(10.0)
-    assert costs.seconds(1, 5) == pytest.approx(12.0)
-    assert costs.seconds(1, 16) == pytest.approx(14.0 * 1.6 / 1.32)  # as the base has it from there on
+    assert costs.seconds(1, 1) == pytest.approx(10.0, rel=0.05)
+    assert costs.seconds(1, 9) == pytest.approx(14.0, rel=0.05)
+    assert costs.seconds(1, 5) == pytest.approx(12.0, rel=0.05)
+    assert costs.seconds(1, 16) == pytest.approx(14.0 * 1.6 / 1.32, rel=0.05)  # as the base has it from there on
     assert costs.seconds(32, 32) == 2.3  # another size of batch
 
 
@@ -30,10 +31,22 @@ def test_a_hiccup_counts_little_and_a_change_is_learned() -> None:
     for _ in range(20):
         costs.measured(1, 1, 1.0)
     costs.measured(1, 1, 50.0)
-    assert costs.seconds(1, 1) < 1.1
+    assert costs.seconds(1, 1) < 1.3
     for _ in range(60):
         costs.measured(1, 1, 3.0)
-    assert costs.seconds(1, 1) > 2.8
+    assert costs.seconds(1, 1) == pytest.approx(3.0, rel=0.1)
+
+
+def test_what_slows_everything_is_no_difference_between_rows() -> None:
+    """A machine that others use takes twice as long for all; the rows that were not measured meanwhile do too."""
+    costs = StepCosts({1: 1.0, 8: 1.4})
+    for _ in range(50):
+        costs.measured(1, 1, 1.0)
+        costs.measured(1, 8, 1.4)
+    for _ in range(30):
+        costs.measured(1, 1, 2.0)
+    assert costs.seconds(1, 8) / costs.seconds(1, 1) == pytest.approx(1.4, rel=0.1)
+    assert costs.seconds(1, 1) == pytest.approx(2.0, rel=0.05)
 
 
 def test_age_counts_steps_of_that_size_of_batch() -> None:
