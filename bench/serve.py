@@ -27,6 +27,7 @@ from bench.engine_alone import EngineAlone
 from bench.points import Point, parse_points
 from bench.report import emit, percentiles
 from tandem.client import AsyncClient
+from tandem.client.types import Options
 from tandem.service import server
 
 Alone = Callable[[Point], Awaitable[float]]
@@ -58,9 +59,13 @@ class StreamTrace:
 
 
 async def trace_stream(client: AsyncClient, prompt: Sequence[int], max_tokens: int) -> StreamTrace:
-    """Runs one greedy request that ignores end-of-sequence."""
+    """Runs one greedy request that ignores end-of-sequence.
+
+    Without drafts: what follows random prompts repeats itself so much that they would be measured in place of steps.
+    """
     trace = StreamTrace(started=time.perf_counter())
-    async for event in client.stream(token_ids=list(prompt), max_tokens=max_tokens, temperature=0.0, ignore_eos=True):
+    options: Options = {"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, "speculation": "off"}
+    async for event in client.stream(token_ids=list(prompt), **options):
         if tokens := getattr(event, "token_ids", None):
             trace.arrivals.append((time.perf_counter(), len(tokens)))
     return trace

@@ -27,7 +27,9 @@ from tandem.client import AsyncClient
 
 async def _watch(client: AsyncClient, prompt: list[int], trace: StreamTrace, running: asyncio.Event) -> None:
     """Streams until cancelled, noting arrivals in `trace`; sets `running` at the fifth."""
-    async for event in client.stream(token_ids=prompt, max_tokens=4000, temperature=0.0, ignore_eos=True, timeout=600):
+    async for event in client.stream(
+        token_ids=prompt, max_tokens=4000, temperature=0.0, ignore_eos=True, speculation="off", timeout=600
+    ):
         if tokens := getattr(event, "token_ids", None):
             trace.arrivals.append((time.perf_counter(), len(tokens)))
             if len(trace.arrivals) == 5:
