@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ from decode_scheduling import VOCAB
 
 from decode_service.assembly import Assembly, Parts, assemble
 from decode_service.config import SchedulerConfig
+from decode_service.speculation.config import SpeculationConfig
 from engine.batch import Batch, SampleSpec, Slice, StepOutput, StepRunner
 from engine.fake import SLOT_BYTES, FakeRunner
 from kv_transfer.messages import Ack, Committed, Opened
@@ -91,6 +92,8 @@ class Output:
     tokens: dict[int, dict[int, int]] = field(default_factory=dict)
     finished: dict[int, int] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
     heartbeats: list[int] = field(default_factory=list)
     retargeted: list[Any] = field(default_factory=list)
     end: Any = None
@@ -99,6 +102,8 @@ class Output:
         kind = response.WhichOneof("event")
         if kind == "tokens":
             for delta in response.tokens.deltas:
+                self.drafted += delta.drafted
+                self.accepted += delta.accepted
                 for offset, token in enumerate(delta.token_ids):
                     known = self.tokens.setdefault(delta.index, {}).setdefault(delta.position + offset, token)
                     assert known == token
@@ -330,6 +335,7 @@ async def running_rig(
     runner: StepRunner | None = None,
     tls: Tls | None = None,
     gateway: ChannelTls | None = None,
+    speculation: SpeculationConfig | None = None,
 ) -> AsyncIterator[Rig]:
     engine: Any = runner or PacedRunner(num_blocks, pace)
     blocks = getattr(engine, "buffer", None) or memoryview(bytearray(num_blocks * LAYOUT.block_bytes))
@@ -354,7 +360,10 @@ async def running_rig(
         max_step_tokens=16, max_sequences=16, max_context=4096, vocab_size=VOCAB, eos_token_ids=(0,), model_id=MODEL
     )
     metrics = Metrics("decode")
-    assembly = assemble(Parts(identity, config, engine, blocks, stream_limit=stream_limit), "127.0.0.1:0", metrics, tls)
+    parts = Parts(identity, config, engine, blocks, stream_limit=stream_limit)
+    if speculation is not None:
+        parts = replace(parts, speculation=speculation)
+    assembly = assemble(parts, "127.0.0.1:0", metrics, tls)
     address = await assembly.start()
     channel = open_channel(address, tls=gateway)
     try:

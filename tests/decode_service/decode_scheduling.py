@@ -55,7 +55,8 @@ class Knowing:
     cheap = True
 
     def __init__(self, truth: Callable[[OutputKey], list[int]], right: Callable[[Ask], int]) -> None:
-        self.truth, self.right = truth, right
+        self.right = right
+        self.told: Callable[[Ask], list[int]] = lambda ask: truth(ask.key)
         self.known: set[OutputKey] = set()
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
@@ -63,7 +64,7 @@ class Knowing:
         return [self._one(ask) for ask in asks]
 
     def _one(self, ask: Ask) -> Draft:
-        rest = self.truth(ask.key)[len(ask.output) :]
+        rest = self.told(ask)[len(ask.output) :]
         right = min(self.right(ask), len(rest))
         lie = (rest[right] + 1) % (VOCAB + 1) if right < len(rest) else -1
         return Draft([*rest[:right], lie, *[lie] * ask.limit][: ask.limit], strength=min(right, 7))

@@ -22,7 +22,9 @@ from decode_rig import (
     record_of,
     running_rig,
 )
+from decode_scheduling import Knowing
 
+from decode_service.speculation.config import SpeculationConfig
 from engine.batch import Batch, SampledToken, StepOutput
 from kv_transfer.messages import Opened
 from tandem.record import OutputState, TokenLogprobs
@@ -524,3 +526,36 @@ async def test_a_transfer_beats_for_a_sender_that_knows_beats(monkeypatch: pytes
             call.call.cancel()
         await rig.all_free()
         sender.close()
+
+
+async def test_drafts_come_several_tokens_a_step_and_are_counted() -> None:
+    """With four right tokens of five a draft, in company, after a transfer and on the stream itself."""
+    records = [record_of(9 + i, max_tokens=24, seed=i + 1) for i in range(3)]
+    truth = {record.prompt[0]: expected_tokens(record) for record in records}
+    proposer = Knowing(lambda key: [], lambda ask: 4)
+    proposer.told = lambda ask: truth[ask.prompt[0]]
+    speculation = SpeculationConfig([proposer], max_tokens=5, fixed=True)
+    async with running_rig(speculation=speculation) as rig:
+        sender = FakePrefill(rig, "memory")
+        try:
+            remote = await rig.call(records[0], local=False)
+            assert await sender.send(remote.admitted, remote.record)
+            calls = [remote, *[await rig.call(record) for record in records[1:]]]
+            outputs = await asyncio.gather(*(call.read_to_end() for call in calls))
+        finally:
+            sender.close()
+        for record, output in zip(records, outputs, strict=True):
+            assert output.ids() == expected_tokens(record)
+            assert output.drafted > output.accepted >= 16
+        await rig.all_free()
+        drafted, accepted = (sum(getattr(each, name) for each in outputs) for name in ("drafted", "accepted"))
+        assert rig.value("tandem_spec_decode_num_draft_tokens_total") == drafted
+        assert rig.value("tandem_spec_decode_num_accepted_tokens_total") == accepted
+        drafts = rig.value("tandem_spec_decode_num_drafts_total")
+        assert rig.value("tandem_spec_decode_mean_acceptance_length") == pytest.approx(1 + accepted / drafts)
+        registry, first = rig.metrics.registry, {"role": "decode", "position": "0"}
+        for name, value in (("draft", drafts), ("accepted", accepted)):
+            found = registry.get_sample_value(f"tandem_spec_decode_num_{name}_tokens_per_pos_total", first)
+            assert found is not None
+            assert 0 < found <= value
+        assert rig.value("tandem_generation_tokens_total") == sum(len(output.ids()) for output in outputs) - 1
