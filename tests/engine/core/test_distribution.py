@@ -15,7 +15,7 @@ from chi_square import REJECTED, kept_probabilities, p_value, tail
 from engine.batch import Batch, SampleSpec, Slice
 from engine.loading import Engine
 from engine.models.meta import Predictions
-from engine.runner import build_meta, last_rows
+from engine.runner import build_meta, sampled_rows
 from engine.sampler import sample
 from kernels import sampling
 from kernels.sampling import Draw, draw_tokens
@@ -115,7 +115,7 @@ def prompt_logits(engine: Engine) -> Any:
     part = Slice("r", PROMPT, 0, [0], [SampleSpec(0, SamplingParams(), 0)])
     token_ids, meta = build_meta([part], engine.engine_config.block_size)
     return (
-        engine.runner.model.step(token_ids, meta, engine.kv_cache, last_rows([part], meta)).logits[0].double().numpy()
+        engine.runner.model.step(token_ids, meta, engine.kv_cache, sampled_rows([part], meta)).logits[0].double().numpy()
     )
 
 
