@@ -115,7 +115,10 @@ def prompt_logits(engine: Engine) -> Any:
     part = Slice("r", PROMPT, 0, [0], [SampleSpec(0, SamplingParams(), 0)])
     token_ids, meta = build_meta([part], engine.engine_config.block_size)
     return (
-        engine.runner.model.step(token_ids, meta, engine.kv_cache, sampled_rows([part], meta)).logits[0].double().numpy()
+        engine.runner.model.step(token_ids, meta, engine.kv_cache, sampled_rows([part], meta))
+        .logits[0]
+        .double()
+        .numpy()
     )
 
 
