@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from decode_service.assembly import Parts, assemble
@@ -30,9 +31,11 @@ def load(flags: Flags) -> Loaded:
     return Loaded(engine, measure(engine.runner, config.num_blocks, config.block_size, most))
 
 
-def parts_of(loaded: Loaded, flags: Flags, metrics_address: str) -> Parts:
-    """A loaded engine's identity and limits."""
-    engine, speculation = loaded.engine, flags.speculation
+def parts_of(
+    engine: Engine, flags: Flags, metrics_address: str, step_costs: Mapping[int, float] | None = None
+) -> Parts:
+    """A loaded engine's identity and limits. `step_costs`: seconds of its steps by their rows."""
+    speculation = flags.speculation
     identity = loading.identity_of(engine, flags, metrics_address)
     names = tuple(proposer.name for proposer in speculation.proposers)
     identity = replace(identity, convert_kv_dtype=flags.convert_kv_dtype, proposers=names)
@@ -44,7 +47,7 @@ def parts_of(loaded: Loaded, flags: Flags, metrics_address: str) -> Parts:
         engine.kv_cache.blocks_view(),
         engine.engine_config.prefix_cache,
         speculation=speculation,
-        step_costs=loaded.costs,
+        step_costs=step_costs or {},
     )
 
 
@@ -55,6 +58,6 @@ async def serve(flags: Flags) -> int:
         flags,
         lambda: load(flags),
         lambda loaded, address, metrics, tls: assemble(
-            parts_of(loaded, flags, address), flags.listen, metrics, tls, flags.health
+            parts_of(loaded.engine, flags, address, loaded.costs), flags.listen, metrics, tls, flags.health
         ),
     )
