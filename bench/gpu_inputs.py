@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.kv_codes import quantize_rows
 from kernels.sampling import Draw
 from kernels.triton.attention import attention_reference, paged_decode, paged_prefill
 from tandem.record import SamplingParams
@@ -91,13 +92,7 @@ def make_step(
 
 
 def _quantized(values: Tensor, form: str) -> tuple[Tensor, Tensor | None]:
-    if form == "half":
-        return values, None
-    if form == "fp8":
-        scales = torch.linspace(0.01, 0.02, 2 * values.shape[2], device=values.device).view(2, -1)
-        return (values.float() / scales[:, :, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scales
-    scales = values.float().abs().amax(-1) / 127
-    return (values.float() / scales[..., None]).round().to(torch.int8), scales
+    return (values, None) if form == "half" else quantize_rows(values.float(), KV_DTYPES[form])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Puts what lies in a sender's blocks into a reader's blocks: other block sizes, orders, dtypes and runs of heads.
 
-numpy only; copying and arithmetic run without the GIL. Nothing is allocated but what one stretch (or, for a quantized
-target, one block) of float32 takes. Slots of the reader's last block behind the last token are left as they are.
+numpy only; copying and arithmetic run without the GIL. Nothing is allocated but what one stretch of float32 takes.
+Slots of the reader's last block behind the last token are left as they are.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
-from kv_transfer.formats import STORAGE, Codes, Floats, from_float32, scales_for, to_float32
+from kv_transfer.formats import STORAGE, Codes, Floats, from_float32, quantize, to_float32
 from kv_transfer.plan import HeadRun, Piece, Stretch, TransferPlan
 from tandem.kv_layout import PAIRED_ORDER, KvLayout
+
+PAIR: Final[dict[int, npt.DTypeLike]] = {1: np.uint16, 2: np.uint32}
+"""By an element's bytes: what holds two side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +41,11 @@ class Slots:
         layers, heads, size, dim = keys.shape
         end = self.first + self.count
         if not self.paired:
-            pairs = keys.view(np.uint32)[:, :, self.first : end]
+            pairs = keys.view(PAIR[keys.itemsize])[:, :, self.first : end]
             return [pairs, *(values[:, :, self.first + i : end : 2] for i in (0, 1))]
         # Keys [D / 2, size, 2], a pair taken as one number; values [size / 2, D, 2].
-        key_pairs = keys.reshape(layers, heads, size * dim).view(np.uint32).reshape(layers, heads, dim // 2, size)
+        flat = keys.reshape(layers, heads, size * dim).view(PAIR[keys.itemsize])
+        key_pairs = flat.reshape(layers, heads, dim // 2, size)
         value_pairs = values.reshape(layers, heads, size // 2, dim, 2)
         lanes = [key_pairs[:, :, :, self.first : end].swapaxes(2, 3)]
         for first in (self.first, self.first + 1):
@@ -80,9 +86,10 @@ class Blocks:
         self._paired = layout.order == PAIRED_ORDER
         self.dtype = layout.dtype
         self.scales: Floats | None = None
-        """[blocks, layers, 2, heads]."""
+        """[blocks, layers, 2, heads, block_size]."""
         if layout.quantized:
-            self.scales = raw[:, layout.scales_at :].view(np.float32).reshape(outer)[:, :, :, run]
+            scales = raw[:, layout.scales_at :].view(np.float32)
+            self.scales = scales.reshape(*outer, layout.block_size)[:, :, :, run]
 
     def slots(self, block: int, first: int, count: int) -> Slots:
         """`count` slots of a block, from slot `first` on."""
@@ -91,21 +98,16 @@ class Blocks:
     def values(self, block: int, first: int, count: int) -> Floats:
         """What those slots hold: [layers, 2, heads, count, head_dim]."""
         values = to_float32(self.slots(block, first, count).plain, self.dtype)
-        return values if self.scales is None else values * self.scales[block][..., None, None]
+        return values if self.scales is None else values * self.scales[block, ..., first : first + count, None]
 
     def write(self, block: int, first: int, values: Floats) -> None:
-        """Round [layers, 2, heads, count, head_dim] into the slots from `first` on. Not for a quantized dtype."""
+        """Round [layers, 2, heads, count, head_dim] into the slots from `first` on."""
         count = values.shape[3]
-        codes = from_float32(values, self.dtype)
+        if self.scales is None:
+            codes = from_float32(values, self.dtype)
+        else:
+            codes, self.scales[block, ..., first : first + count] = quantize(values, self.dtype)
         copy_slots(Slots(codes, False, 0, count), self.slots(block, first, count))
-
-    def quantize(self, block: int, values: Floats) -> None:
-        """Round a block's first slots with a scale of their own for each layer, key or value, and head."""
-        assert self.scales is not None
-        scales = scales_for(values, self.dtype)
-        self.scales[block] = scales
-        codes = from_float32(values / scales[..., None, None], self.dtype)
-        copy_slots(Slots(codes, False, 0, values.shape[3]), self.slots(block, 0, values.shape[3]))
 
 
 def convert(
@@ -130,16 +132,12 @@ def convert(
 
 def _convert_block(source: Blocks, into: Blocks, stretches: list[Stretch], block: int) -> None:
     """All that comes into one of the reader's blocks."""
-    if source.dtype == into.dtype and (source.scales is None or len(stretches) == 1):
-        for part in stretches:
-            ours = source.slots(part.source_block, part.source_slot, part.count)
-            copy_slots(ours, into.slots(block, part.target_slot, part.count))
+    for part in stretches:
+        if source.dtype != into.dtype:
+            into.write(block, part.target_slot, source.values(part.source_block, part.source_slot, part.count))
+            continue
+        ours = source.slots(part.source_block, part.source_slot, part.count)
+        copy_slots(ours, into.slots(block, part.target_slot, part.count))
         if source.scales is not None and into.scales is not None:
-            into.scales[block] = source.scales[stretches[0].source_block]
-    elif into.scales is None:
-        for part in stretches:
-            values = source.values(part.source_block, part.source_slot, part.count)
-            into.write(block, part.target_slot, values)
-    else:
-        parts = [source.values(part.source_block, part.source_slot, part.count) for part in stretches]
-        into.quantize(block, np.concatenate(parts, axis=3))
+            scales = source.scales[part.source_block, ..., part.source_slot : part.source_slot + part.count]
+            into.scales[block, ..., part.target_slot : part.target_slot + part.count] = scales

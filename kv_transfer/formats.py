@@ -1,7 +1,7 @@
 """Element types of KV blocks as numpy holds them: codes to float32 and back. Bits are exact where the type allows it.
 
 numpy has no bfloat16 and no 8-bit floats, so their codes are unsigned integers here. Rounding is to nearest, ties to
-even, everywhere. NaN stays NaN, except in int8, which has none.
+even, everywhere. NaN stays NaN, except in int8, which has none. Quantized rows are written as `tandem.kv_layout` says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STORAGE: Final[dict[str, npt.DTypeLike]] = {
 }
 """What numpy holds a code in."""
 LARGEST: Final = {"float8_e4m3": 448.0, "int8": 127.0}
-"""What the largest value of a block and head becomes; its scale is the quotient."""
+"""What the largest value of a row becomes; its scale is the quotient."""
 _E4M3_SMALLEST_NORMAL = 2.0**-6
 _E4M3_NAN = 0x7F
 
@@ -52,16 +52,18 @@ def from_float32(values: Floats, dtype: str) -> Codes:
     return values
 
 
-def scales_for(values: Floats, dtype: str) -> Floats:
-    """float32 [...]: one scale for each [..., slots, dim], so that its largest finite magnitude keeps its place.
-
-    1 where all is zero.
-    """
-    finite = np.where(np.isfinite(values), np.abs(values), np.float32(0))
-    most = finite.max(axis=(-2, -1))
-    scales = (most / np.float32(LARGEST[dtype])).astype(np.float32)
+def quantize(values: Floats, dtype: str) -> tuple[Codes, Floats]:
+    """Codes and scales of rows [..., dim]: the scales [...], NaN for a row that is not finite."""
+    scales: Floats = np.abs(values).max(axis=-1) / np.float32(LARGEST[dtype])
+    odd = ~np.isfinite(scales)
     # Also where the quotient is too small to divide by.
-    return np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)
+    scales[odd | (scales < np.finfo(np.float32).tiny)] = 1
+    if not odd.any():
+        return from_float32(values / scales[..., None], dtype), scales
+    shown: Floats = np.where(odd[..., None], np.float32(0), values)
+    codes = from_float32(shown / scales[..., None], dtype)
+    scales[odd] = np.nan
+    return codes, scales
 
 
 def _to_bfloat16(values: Floats) -> Codes:

@@ -1,8 +1,10 @@
 """How the KV blocks of a pool lie in memory, and which pools can be paired. Torch-free: gateways and workers share it.
 
 A block holds [num_layers, 2, num_kv_heads, block_size, head_dim] elements of `dtype`, contiguous, keys before values.
-A quantized dtype has scales, float32 [num_layers, 2, num_kv_heads], behind the elements (from the next multiple of 4
-bytes on): they are part of the block, so whatever carries, checks or frees the block does so with its scales.
+A quantized dtype has scales, float32 [num_layers, 2, num_kv_heads, block_size], behind the elements (from the next
+multiple of 4 bytes on): one for each position and head, so that a value is its code times its position's scale. They
+are part of the block: whatever carries, checks or frees the block does so with its scales. `QUANTIZED` says how they
+are found.
 
 A worker with tensor parallelism has one pool a rank, all with one `KvLayout`: rank r holds the heads from
 r * num_kv_heads on, and one block id means the same tokens in every rank's pool.
@@ -19,11 +21,19 @@ from tandem.errors import IncompatibleError, InvalidRequestError
 
 DEFAULT_ORDER = "block,layer,kv,head,slot,dim"
 PAIRED_ORDER = "block,layer,kv,head,pairs"
-"""Keys [head_dim / 2, block_size, 2] and values [block_size / 2, head_dim, 2] in place of [block_size, head_dim]."""
+"""Keys [head_dim / 2, block_size, 2] and values [block_size / 2, head_dim, 2] in place of [block_size, head_dim];
+scales stay where they are."""
 ORDERS = (DEFAULT_ORDER, PAIRED_ORDER)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1, "int8": 1}
 QUANTIZED = ("float8_e4m3", "int8")
-"""With one scale a block, layer, key or value, and head: a value is its code times the scale."""
+"""With a scale for each position and head.
+
+How a row of `head_dim` values is written, the same everywhere: its scale is its largest magnitude divided by 127
+(int8) or 448 (float8_e4m3), in float32; 1 where that quotient is below the smallest normal number. Its codes are the
+values divided by the scale, clamped to 127 or 448, rounded to nearest, ties to even. A row that holds an infinity or a
+NaN gets NaN as its scale and zeros as its codes, so that it stays visible. A writer may use a scale of its own (a
+checkpoint's); readers always take the one that stands in the block.
+"""
 STAGING_SLOT_BYTES = 64 << 20
 """What the reader has for the sender's blocks that one of its own is made of."""
 KV_NUMERICS = "kv-"
@@ -63,8 +73,8 @@ class KvLayout:
             raise IncompatibleError(f"KV dtype {self.dtype!r} is unknown; known are {', '.join(DTYPE_BYTES)}")
         if self.order not in ORDERS:
             raise IncompatibleError(f"KV order {self.order!r} is unknown; known are {' and '.join(ORDERS)}")
-        if self.order == PAIRED_ORDER and (self.block_size % 2 or self.head_dim % 2 or DTYPE_BYTES[self.dtype] != 2):
-            raise IncompatibleError(f"KV order {self.order!r} needs even sizes and 2 bytes an element: {self}")
+        if self.order == PAIRED_ORDER and (self.block_size % 2 or self.head_dim % 2 or DTYPE_BYTES[self.dtype] > 2):
+            raise IncompatibleError(f"KV order {self.order!r} needs even sizes and at most 2 bytes an element: {self}")
         if self.block_bytes > _MAX_BLOCK_BYTES:
             raise InvalidRequestError(f"a block of {self.block_bytes} bytes is over {_MAX_BLOCK_BYTES}", field="layout")
 
@@ -84,7 +94,7 @@ class KvLayout:
         """Bytes a block, scales included."""
         if not self.quantized:
             return self.data_bytes
-        return self.scales_at + 4 * self.num_layers * 2 * self.num_kv_heads
+        return self.scales_at + 4 * self.num_layers * 2 * self.num_kv_heads * self.block_size
 
     @property
     def quantized(self) -> bool:
@@ -140,12 +150,6 @@ def can_pair(prefill: KvLayout, decode: KvLayout, *, convert_dtype: bool = False
     return f"KV layouts don't fit: {why}; prefill has {prefill}, decode {decode}" if why else None
 
 
-def changes_values(source: KvLayout, target: KvLayout) -> bool:
-    """True when a transfer rounds: another dtype, or quantized blocks that must get a scale in common."""
-    regrouped = source.quantized and source.block_size % target.block_size != 0
-    return source.dtype != target.dtype or regrouped
-
-
 def staged_bytes(source: KvLayout, target: KvLayout) -> int:
     """Bytes of the most source blocks that one target block is made of."""
     size, step = source.block_size, target.block_size
@@ -170,9 +174,8 @@ def _why_not(prefill: KvLayout, decode: KvLayout, convert_dtype: bool) -> str:
         theirs, ours = getattr(prefill, name), getattr(decode, name)
         if theirs != ours:
             return f"{name} is {theirs} and {ours}"
-    if changes_values(prefill, decode) and not convert_dtype:
-        what = "dtypes differ" if prefill.dtype != decode.dtype else "quantized blocks need new scales"
-        return f"{what}, and the decode worker runs without --convert-kv-dtype"
+    if prefill.dtype != decode.dtype and not convert_dtype:
+        return "dtypes differ, and the decode worker runs without --convert-kv-dtype"
     if prefill != decode and (needed := staged_bytes(prefill, decode)) > STAGING_SLOT_BYTES:
         return f"one decode block needs {needed} bytes of prefill blocks at once, more than {STAGING_SLOT_BYTES}"
     return ""

@@ -41,7 +41,7 @@ def load_tile(
     FORMAT: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
-    """Keys [BLOCK_D, TILE] or values [TILE, BLOCK_D] in DTYPE, and their scales: [TILE], or one for the head.
+    """Keys [BLOCK_D, TILE] or values [TILE, BLOCK_D] in DTYPE, and the scales of codes [TILE].
 
     blocks int64 and offsets [TILE] say where the positions are; what is outside or beyond D is 0.
     """
@@ -57,8 +57,7 @@ def load_tile(
     scale = 1.0
     if FORMAT == 1:
         tile = decode_e4m3(tile)
-        scale = tl.load(scales_ptr + VALUES * KV_HEADS + head)
-    if FORMAT == 2:
+    if FORMAT > 0:
         scale = tl.load(scales_ptr + blocks * scales_stride + plane + offsets, mask=inside, other=0.0)
     return tile.to(DTYPE), scale
 
@@ -81,9 +80,7 @@ def attend(
 ) -> tl.tensor:
     """Take one tile into the running (best [M], total [M], acc [M, BLOCK_D]); visible [M, TILE]."""
     scores = tl.dot(q, k, input_precision="ieee") * scale_in
-    if FORMAT == 1:
-        scores *= k_scale
-    if FORMAT == 2:
+    if FORMAT > 0:
         scores *= k_scale[None, :]
     if CAPPED:
         scores = scale_out * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))  # tanh; 1 for an infinite exp
@@ -93,9 +90,7 @@ def attend(
     weights = tl.exp2(scores - pivot[:, None])
     shrink = tl.exp2(best - pivot)
     total = total * shrink + tl.sum(weights, 1)
-    if FORMAT == 1:
-        weights *= v_scale
-    if FORMAT == 2:
+    if FORMAT > 0:
         weights *= v_scale[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return higher, total, acc

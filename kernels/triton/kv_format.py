@@ -1,13 +1,16 @@
 """How keys and values are held in the cache, and what goes with them.
 
     half   the dtype of the queries (float16, bfloat16; float32 for tests).
-    fp8    e4m3 codes, value = code * scale; `kv_scales` float32 [2, Hkv]: scales of a head's keys and of its values.
-    int8   codes of -127..127; `kv_scales` float32 [blocks, 2, Hkv, block_size]: one scale for each position and head,
-           found when the position is written.
+    fp8    e4m3 codes.
+    int8   codes of -127..127.
+
+Codes go with `kv_scales` float32 [blocks, 2, Hkv, block_size], one scale for each position and head, as
+`kernels.kv_codes` says; both lie in a block as `tandem.kv_layout` has them, so that block strides differ by a factor
+of 4 and nothing is converted between a CPU's pool and a GPU's.
 
 Chips without e4m3 (sm_80, gfx942 has another 8-bit format) read and write the same bytes as uint8: the helpers below
 decode and encode them by integer operations, to the bits that torch's float8_e4m3fn has. Values beyond 448 are
-clamped, and NaN is not kept.
+clamped; NaN is not kept by a code, but by its position's scale.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import require, require_dense, target
+from kernels.kv_codes import dequantize_rows
+from kernels.triton.launch import require, target
 
 HALF, FP8, INT8 = 0, 1, 2
 LARGEST_E4M3 = 448.0
@@ -67,9 +71,7 @@ def check_kv(
     wanted = f"[blocks, 2, Hkv, block_size, {dim}], dense in a block, {q_dtype}, float8_e4m3fn, uint8 or int8"
     require(good, "kv_layer", kv_layer, wanted)
     require((kv_scales is None) == (form == HALF), "kv_layer", kv_layer, "with kv_scales just when it is quantised")
-    if kv_scales is not None and form == FP8:
-        require_dense("kv_scales", kv_scales, (2, shape[2]), (torch.float32,), like)
-    if kv_scales is not None and form == INT8:
+    if kv_scales is not None:
         good = kv_scales.shape == shape[:4] and kv_scales.stride()[1:] == (shape[2] * shape[3], shape[3], 1)
         good = good and kv_scales.dtype is torch.float32 and kv_scales.device == like.device
         require(good, "kv_scales", kv_scales, f"float32 {tuple(shape[:4])}, dense in a block")
@@ -78,9 +80,5 @@ def check_kv(
 
 def dequantize_reference(kv_layer: torch.Tensor, kv_scales: torch.Tensor | None) -> torch.Tensor:
     """The whole cache as float32, by torch."""
-    form = kv_format(kv_layer)
-    if form == HALF or kv_scales is None:
-        return kv_layer.float()
-    if form == FP8:
-        return kv_layer.view(torch.float8_e4m3fn).float() * kv_scales[None, :, :, None, None]
-    return kv_layer.float() * kv_scales[..., None]
+    codes = kv_layer.view(torch.float8_e4m3fn) if kv_format(kv_layer) == FP8 else kv_layer
+    return dequantize_rows(codes, kv_scales, torch.float32)

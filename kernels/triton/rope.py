@@ -2,7 +2,7 @@
 
 Source: Su et al., "RoFormer" (2021); halves layout as GPT-NeoX, interleaved pairs as GPT-J. Computes in float32. A
 program takes one token and a few heads. Quantised caches (`kernels.triton.kv_format`) are written in the same pass;
-with int8 each position and head gets its own scale.
+each position and head gets its own scale.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.kv_codes import quantize_rows
 from kernels.rope import rotate_reference
-from kernels.triton.kv_format import FP8, HALF, INT8, LARGEST_E4M3, check_kv, encode_e4m3, kv_format
+from kernels.triton.kv_format import FP8, HALF, check_kv, encode_e4m3, kv_format
 from kernels.triton.launch import FLOATS, Launch, require, require_dense
 
 HEADS = 4
@@ -28,15 +29,36 @@ def _write(
     scale: tl.tensor,
     FORMAT: tl.constexpr,
 ) -> None:
-    """Store values [HEADS, N] float32 to the cache; scale [HEADS, 1]."""
+    """Store values [HEADS, N] float32 to the cache; scale [HEADS, 1] that is not NaN only where they are finite."""
     if FORMAT == 0:
         tl.store(kv_ptr + at, values.to(kv_ptr.dtype.element_ty), mask=mask)
-    elif FORMAT == 1:
-        tl.store(kv_ptr + at, encode_e4m3(values / scale), mask=mask)
     else:
-        codes = values / scale
-        codes = tl.where(codes >= 0, tl.floor(codes + 0.5), tl.ceil(codes - 0.5))
-        tl.store(kv_ptr + at, codes.to(tl.int8), mask=mask)
+        scale = tl.broadcast_to(scale, values.shape)
+        known = scale == scale
+        codes = tl.div_rn(tl.where(known, values, 0.0), tl.where(known, scale, 1.0))
+        if FORMAT == 1:
+            tl.store(kv_ptr + at, encode_e4m3(codes), mask=mask)
+        else:
+            codes = tl.minimum(tl.maximum(codes, -127.0), 127.0)
+            codes = (codes + 12582912.0) - 12582912.0  # 1.5 * 2^23: what is left is rounded to nearest even
+            tl.store(kv_ptr + at, codes.to(tl.int8), mask=mask)
+
+
+@triton.jit
+def _largest(values: tl.tensor) -> tl.tensor:
+    """The bits [HEADS] of the largest magnitude of values [HEADS, N]: a NaN's are larger than any number's."""
+    return tl.max(tl.abs(values).to(tl.int32, bitcast=True), 1)
+
+
+@triton.jit
+def _scale_of(
+    bits: tl.tensor, fixed: tl.tensor, smallest: tl.tensor, FIXED: tl.constexpr, FORMAT: tl.constexpr
+) -> tl.tensor:
+    """Scales [HEADS] of rows by the bits of their largest magnitudes; `kernels.kv_codes` has the rule."""
+    largest = bits.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(largest, tl.full(largest.shape, 448.0 if FORMAT == 1 else 127.0, tl.float32))
+    scale = tl.where(scale < smallest, 1.0, scale)
+    return tl.where(largest < float("inf"), fixed if FIXED else scale, float("nan"))
 
 
 @triton.jit
@@ -51,6 +73,9 @@ def _rope_and_store(
     out_ptr: tl.tensor,
     kv_stride: tl.tensor,
     scales_stride: tl.tensor,
+    key_scale: tl.tensor,
+    value_scale: tl.tensor,
+    smallest: tl.tensor,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -61,6 +86,7 @@ def _rope_and_store(
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FORMAT: tl.constexpr,
+    FIXED: tl.constexpr,
 ) -> None:
     """Heads are counted through q, k and v. What is not rotated (v, dims beyond rot) is multiplied by 1."""
     token = tl.program_id(0).to(tl.int64)
@@ -90,13 +116,11 @@ def _rope_and_store(
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     stored = known & (plane >= 0) & (slot >= 0)
     scale = 1.0
-    if FORMAT == 1:
-        scale = tl.load(scales_ptr + plane, mask=stored, other=1.0)
-    if FORMAT == 2:
-        largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
-        scale = tl.maximum(largest, tl.max(tl.abs(tail), 1))[:, None] / 127.0
+    if FORMAT > 0:
+        bits = tl.maximum(tl.maximum(_largest(first), _largest(second)), _largest(tail))[:, None]
+        fixed = tl.where(rotated, key_scale, value_scale)
+        scale = _scale_of(bits, fixed, smallest, FIXED, FORMAT)
         tl.store(scales_ptr + block * scales_stride + plane * BLOCK_SIZE + offset, scale, mask=stored)
-        scale = tl.where(scale > 0, scale, 1.0)
     at = block * kv_stride + (plane * BLOCK_SIZE + offset) * D
     _write(first, at + one, in_pair & stored, kv_ptr, scale, FORMAT)
     _write(second, at + two, in_pair & stored, kv_ptr, scale, FORMAT)
@@ -114,6 +138,7 @@ def rope_launch(
     interleaved: bool,
     kv_scales: torch.Tensor | None,
     form: int,
+    fixed_scales: tuple[float, float] | None = None,
 ) -> Launch:
     """The launch of one rotation and write."""
     tokens, heads, dim = out.shape
@@ -133,6 +158,9 @@ def rope_launch(
             "out_ptr": out,
             "kv_stride": kv_layer.stride(0),
             "scales_stride": 0 if kv_scales is None else kv_scales.stride(0),
+            "key_scale": 1.0 if fixed_scales is None else fixed_scales[0],
+            "value_scale": 1.0 if fixed_scales is None else fixed_scales[1],
+            "smallest": torch.finfo(torch.float32).tiny,
         },
         {
             "Q_HEADS": heads,
@@ -145,6 +173,7 @@ def rope_launch(
             "HEADS": HEADS,
             "INTERLEAVED": interleaved,
             "FORMAT": form,
+            "FIXED": fixed_scales is not None,
         },
         num_warps=1 if dim <= 128 else 2,
     )
@@ -161,6 +190,7 @@ def rope_and_store(
     *,
     interleaved: bool = False,
     kv_scales: torch.Tensor | None = None,
+    fixed_scales: tuple[float, float] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotate q and k, write k and v to their slots, return q [T, Hq, D] in the dtype of qkv (in `out` if given).
@@ -168,8 +198,8 @@ def rope_and_store(
     qkv [T, (Hq + 2 * Hkv) * D] 16 bits or float32: q heads, k heads, v heads. positions, slots [T] int64; slot = block
     * block_size + offset, no slot twice; a negative slot writes nothing (a row of padding). cos, sin [max_positions,
     rot / 2] float32: the first `rot` elements of a head are rotated, in pairs (i, i + rot/2), or (2i, 2i + 1) when
-    `interleaved`. kv_layer = cache[:, layer] with `kv_scales` as `kernels.triton.kv_format` says; int8 scales are
-    written. Raises InternalError for wrong shapes or dtypes.
+    `interleaved`. kv_layer = cache[:, layer] with `kv_scales` as `kernels.triton.kv_format` says, which are written
+    too: each row's own, or `fixed_scales` of keys and of values. Raises InternalError for wrong shapes or dtypes.
     """
     require(qkv.dim() == 2 and qkv.dtype in FLOATS and qkv.is_contiguous(), "qkv", qkv, "contiguous [T, width]")
     tokens, dim = qkv.shape[0], kv_layer.shape[-1]
@@ -185,7 +215,8 @@ def rope_and_store(
         out = torch.empty((tokens, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
     else:
         require_dense("out", out, (tokens, num_heads, dim), (qkv.dtype,), qkv)
-    rope_launch(qkv, positions, slots, cos, sin, kv_layer, out, interleaved, kv_scales, form).run()
+    step = (qkv, positions, slots, cos, sin, kv_layer, out)
+    rope_launch(*step, interleaved, kv_scales, form, fixed_scales).run()
     return out
 
 
@@ -199,6 +230,7 @@ def rope_and_store_reference(
     num_heads: int,
     interleaved: bool = False,
     kv_scales: torch.Tensor | None = None,
+    fixed_scales: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """Do what `rope_and_store` does, by torch in float32; q is returned in float32."""
     num_kv_heads, block_size, dim = kv_layer.shape[2:]
@@ -210,13 +242,10 @@ def rope_and_store_reference(
     blocks, offsets, form = kept // block_size, kept % block_size, kv_format(kv_layer)
     if form == HALF or kv_scales is None:
         kv_layer[blocks, :, :, offsets] = values.to(kv_layer.dtype)
-    elif form == FP8:
-        codes = (values / kv_scales[..., None]).clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
-        kv_layer.view(torch.uint8)[blocks, :, :, offsets] = codes.view(torch.uint8)
-    else:
-        assert form == INT8
-        scales = values.abs().amax(-1) / 127
-        kv_scales[blocks, :, :, offsets] = scales
-        codes = values / scales.where(scales > 0, 1.0)[..., None]
-        kv_layer[blocks, :, :, offsets] = (codes.sign() * (codes.abs() + 0.5).floor()).to(torch.int8)
+        return rotate_reference(q, *angles, interleaved)
+    dtype = torch.float8_e4m3fn if form == FP8 else torch.int8
+    for part in (0, 1):
+        codes, scales = quantize_rows(values[:, part], dtype, None if fixed_scales is None else fixed_scales[part])
+        kv_layer.view(torch.uint8)[blocks, part, :, offsets] = codes.view(torch.uint8)
+        kv_scales[blocks, part, :, offsets] = scales
     return rotate_reference(q, *angles, interleaved)

@@ -37,11 +37,7 @@ def empty(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
 def _attention(form: str, dim: int, tokens: int) -> dict[str, Any]:
     """What both attentions take, but for their own."""
     kv_layer = empty(4096, 32, 2, KV_HEADS, BLOCK_SIZE, dim, dtype=KV_DTYPES[form])[:, 1]
-    scales = {
-        "half": None,
-        "fp8": empty(2, KV_HEADS, dtype=torch.float32),
-        "int8": empty(4096, 32, 2, KV_HEADS, BLOCK_SIZE, dtype=torch.float32)[:, 1],
-    }[form]
+    scales = empty(4096, 32, 2, KV_HEADS, BLOCK_SIZE, dtype=torch.float32)[:, 1]
     return {
         "q": empty(tokens, HEADS, dim),
         "kv_layer": kv_layer,
@@ -49,7 +45,7 @@ def _attention(form: str, dim: int, tokens: int) -> dict[str, Any]:
         "context_lens": empty(SEQUENCES, dtype=torch.int32),
         "out": empty(tokens, HEADS, dim),
         "scale": 0.1,
-        "kv_scales": scales,
+        "kv_scales": None if form == "half" else scales,
         "form": kv_format(kv_layer),
     }
 

@@ -29,6 +29,14 @@ def random_tokens(layout: KvLayout, tokens: int, seed: int = 0) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * 3).to(TORCH[layout.dtype])
 
 
+def random_scales(layout: KvLayout, tokens: int) -> torch.Tensor:
+    """What `write_tokens` gives tokens of quantized layouts: [layers, 2, all heads, tokens, 1]; else 1."""
+    shape = (layout.num_layers, 2, layout.total_kv_heads, tokens, 1)
+    if not layout.quantized:
+        return torch.ones(shape)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(7)) + 0.5
+
+
 def as_bits(codes: torch.Tensor) -> torch.Tensor:
     """The same bytes as whole numbers, which compare where floats (NaN, -0) don't."""
     return codes.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[codes.element_size()])
@@ -43,28 +51,28 @@ def block_tensor(pool: PoolMemory, layout: KvLayout, block: int) -> torch.Tensor
 
 
 def scale_tensor(pool: PoolMemory, layout: KvLayout, block: int) -> torch.Tensor:
-    """One block's scales: a view [layers, 2, heads]."""
+    """One block's scales: a view [layers, 2, heads, block_size]."""
     start = block * layout.block_bytes
     raw = torch.frombuffer(pool.buffer, dtype=torch.uint8)[start + layout.scales_at : start + layout.block_bytes]
-    return raw.view(torch.float32).view(layout.num_layers, 2, layout.num_kv_heads)
+    return raw.view(torch.float32).view(layout.num_layers, 2, layout.num_kv_heads, layout.block_size)
 
 
-def write_tokens(
-    pools: Sequence[PoolMemory], layout: KvLayout, blocks: Sequence[int], codes: torch.Tensor, scales: float = 1.0
-) -> None:
-    """Lay out tokens from 0 on in the pools of all ranks; scales of block i are `scales * (i + 1)`."""
+def write_tokens(pools: Sequence[PoolMemory], layout: KvLayout, blocks: Sequence[int], codes: torch.Tensor) -> None:
+    """Lay out tokens from 0 on in the pools of all ranks, with `random_scales`."""
     size, heads = layout.block_size, layout.num_kv_heads
+    scales = random_scales(layout, codes.shape[3])[..., 0]
     for rank, pool in enumerate(pools):
-        own = codes[:, :, rank * heads : (rank + 1) * heads]
+        own = slice(rank * heads, (rank + 1) * heads)
         for place, block in enumerate(blocks):
-            part = own[:, :, :, place * size : (place + 1) * size]
+            tokens = slice(place * size, (place + 1) * size)
+            part = codes[:, :, own, tokens]
             if not part.shape[3]:
                 break
             padded = torch.zeros_like(block_tensor(pool, layout, block))
             padded[:, :, :, : part.shape[3]] = part
             block_tensor(pool, layout, block).copy_(to_paired(padded) if layout.order == PAIRED_ORDER else padded)
             if layout.quantized:
-                scale_tensor(pool, layout, block).fill_(scales * (place + 1))
+                scale_tensor(pool, layout, block)[..., : part.shape[3]] = scales[:, :, own, tokens]
 
 
 def read_codes(pools: Sequence[PoolMemory], layout: KvLayout, blocks: Sequence[int], tokens: int) -> torch.Tensor:
@@ -81,11 +89,14 @@ def read_values(pools: Sequence[PoolMemory], layout: KvLayout, blocks: Sequence[
     """What the first tokens' codes are worth, float32."""
     values = read_codes(pools, layout, blocks, tokens).float()
     if layout.quantized:
-        per_rank = [[scale_tensor(pool, layout, block)[..., None, None] for block in blocks] for pool in pools]
-        size = layout.block_size
-        scales = torch.cat([torch.cat([s.expand(-1, -1, -1, size, 1) for s in row], 3) for row in per_rank], 2)
-        values = values * scales[:, :, :, :tokens]
+        values = values * read_scales(pools, layout, blocks, tokens)
     return values
+
+
+def read_scales(pools: Sequence[PoolMemory], layout: KvLayout, blocks: Sequence[int], tokens: int) -> torch.Tensor:
+    """Scales [layers, 2, all heads, tokens, 1] of the first tokens of a quantized layout."""
+    ranks = [torch.cat([scale_tensor(pool, layout, block) for block in blocks], 3) for pool in pools]
+    return torch.cat(ranks, 2)[:, :, :, :tokens, None]
 
 
 def make_pools(layout: KvLayout, num_blocks: int) -> list[LocalPool]:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pools_of_tokens import TORCH
 
-from kv_transfer.formats import from_float32, scales_for, to_float32
+from kernels.kv_codes import quantize_rows
+from kv_transfer.formats import from_float32, quantize, to_float32
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 448.0, 464.0, 465.0, -500.0, 2.0**-6, 2.0**-9, 2.0**-10, 1.5 * 2.0**-10, 3.4e38, 1e-45]
 
@@ -53,14 +55,18 @@ def test_nan_stays_nan(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "largest"), [("int8", 127.0), ("float8_e4m3", 448.0)])
-def test_scales_keep_the_largest_finite_value(name: str, largest: float) -> None:
-    values = np.zeros((5, 3, 2), np.float32)
-    values[0, 1] = (-6.0, 3.0)
-    values[1, 0, 0] = 1e-44
-    values[2, 2] = (np.inf, 1.0)
-    values[3, 0] = (np.nan, -2.0)
-    scales = scales_for(values, name)
-    assert scales.tolist() == [np.float32(6 / largest), 1.0, np.float32(1 / largest), np.float32(2 / largest), 1.0]
-    for row in (0, 2, 3):
-        codes = to_float32(from_float32(values[row] / scales[row], name), name)
-        assert np.nanmax(np.abs(codes)) == largest
+def test_a_rows_scale_makes_its_largest_value_the_largest_code(name: str, largest: float) -> None:
+    rows = np.array([[-6, 3], [1e-44, 0], [np.inf, 1], [np.nan, -2], [0, 0]], np.float32)
+    codes, scales = quantize(rows, name)
+    assert np.array_equal(scales, np.array([6 / largest, 1, np.nan, np.nan, 1], np.float32), equal_nan=True)
+    assert to_float32(codes[0], name)[0] == -largest
+    assert not codes[1:].any()
+
+
+@pytest.mark.parametrize("name", ["int8", "float8_e4m3"])
+def test_rows_are_quantized_as_the_reference_of_the_kernels_says(name: str) -> None:
+    values = floats()[: 1 << 16].reshape(-1, 8) * np.float32(0.5)
+    codes, scales = quantize(values, name)
+    want, want_scales = quantize_rows(torch.from_numpy(values), TORCH[name])
+    assert np.array_equal(codes.view(np.uint8), want.view(torch.uint8).numpy())
+    assert np.array_equal(scales, want_scales.numpy())

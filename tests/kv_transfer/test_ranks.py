@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pools_of_tokens import as_bits, random_tokens, read_values, with_ranks
+from pools_of_tokens import as_bits, random_scales, random_tokens, read_values, with_ranks
 from unlike_ends import NUM_BLOCKS, record, unlike_ends
 
 from engine.block_pool import BlockPool
@@ -62,7 +62,7 @@ def test_every_head_reaches_its_rank(transport: str, source: KvLayout, target: K
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
 def test_scales_travel_with_their_heads(any_transport: str, dtype: str) -> None:
-    """Exact from wide blocks to narrow ones, over other ranks; within the format's error from bfloat16 and back."""
+    """To the bit, over other blocks and other ranks."""
     source = with_ranks(replace(LAYOUT, dtype=dtype, block_size=32), 2)
     target = with_ranks(replace(LAYOUT, dtype=dtype), 3)
     codes = random_tokens(source, 75)
@@ -70,8 +70,8 @@ def test_scales_travel_with_their_heads(any_transport: str, dtype: str) -> None:
         ends.write(codes)
         lease = ends.grant(0, 75)
         ends.send(lease, [75])
-        scales = (torch.arange(75) // 32 + 1)[:, None]
-        assert torch.equal(read_values(ends.target_pools, target, lease.blocks, 75), codes.float() * scales)
+        values = codes.float() * random_scales(source, 75)
+        assert torch.equal(read_values(ends.target_pools, target, lease.blocks, 75), values)
 
 
 def test_dtype_and_ranks_at_once() -> None:

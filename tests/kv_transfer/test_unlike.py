@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pools_of_tokens import as_bits, random_tokens, read_values
+from pools_of_tokens import as_bits, random_scales, random_tokens, read_values
 from unlike_ends import NUM_BLOCKS, record, unlike_ends
 
 from kv_transfer import landing
@@ -77,9 +77,7 @@ def test_other_orders(any_transport: str, layouts: tuple[KvLayout, KvLayout]) ->
 def test_other_dtypes_with_the_flag(transport: str, first: str, second: str) -> None:
     source, target = replace(LAYOUT, dtype=first, block_size=24), replace(LAYOUT, dtype=second)
     codes = random_tokens(source, 75)
-    values = codes.float()
-    if source.quantized:
-        values = values * (torch.arange(75) // 24 + 1)[:, None]
+    values = codes.float() * random_scales(source, 75)
     with unlike_ends(transport, source, target, convert_dtype=True) as ends:
         ends.write(codes)
         lease = ends.grant(16, 75)

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from kernels.kv_codes import quantize_rows
 from kernels.triton.attention import attention_reference, paged_decode, paged_prefill
 from tandem.errors import InternalError
 
@@ -87,11 +88,8 @@ def quantized(cache: torch.Tensor, form: str, dtype: torch.dtype) -> tuple[torch
     """The cache [blocks, layers, 2, Hkv, block_size, D] in `form`, and the scales of layer 1."""
     if form == "half":
         return cache.to(dtype), None
-    if form == "fp8":
-        scales = torch.linspace(0.01, 0.02, 2 * cache.shape[3]).view(2, -1)
-        return (cache / scales[:, :, None, None]).to(torch.float8_e4m3fn), scales
-    scales = cache.abs().amax(-1) / 127
-    return (cache / scales[..., None]).round().to(torch.int8), scales[:, 1]
+    codes, scales = quantize_rows(cache, torch.float8_e4m3fn if form == "fp8" else torch.int8)
+    return codes, scales[:, 1]
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

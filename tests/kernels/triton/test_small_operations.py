@@ -84,19 +84,24 @@ def test_rope_and_store(dtype: torch.dtype, interleaved: bool, dim: int, half: i
     assert not kv[:, 0].any()
 
 
+@pytest.mark.parametrize("fixed", [None, (0.02, 0.001)])
 @pytest.mark.parametrize("form", ["fp8", "int8"])
 @pytest.mark.parametrize(("dim", "half"), [(16, 8), (80, 16)])
-def test_rope_and_store_quantised(form: str, dim: int, half: int) -> None:
-    *rows, kv = rope_inputs(form, dim, half, torch.float16)
-    scales = torch.rand(2, 3) * 0.02 if form == "fp8" else torch.zeros(4, 2, 2, 3, 8)[:, 1]
+def test_rope_and_store_quantised(form: str, dim: int, half: int, fixed: tuple[float, float] | None) -> None:
+    """The same codes and scales to the bit, also of rows that are zero, huge or no numbers."""
+    qkv, *rows, kv = rope_inputs(form, dim, half, torch.float32)
+    qkv[0] *= 1e-41
+    qkv[1] *= 1e30
+    qkv[3, -1] = qkv[4, -dim - 1] = torch.nan
+    scales = torch.zeros(4, 2, 2, 3, 8)
     expected_kv, expected_scales = kv.clone(), scales.clone()
-    q = rope_and_store(*rows, kv[:, 1], 6, kv_scales=scales)  # type: ignore[misc, arg-type]
-    close(q, rope_and_store_reference(*rows, expected_kv[:, 1], 6, False, expected_scales))  # type: ignore[misc, arg-type]
-    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
-    if form == "fp8":
-        assert torch.equal(kv, expected_kv)
-    assert int((kv.int() - expected_kv.int()).abs().max()) <= 1  # a tie of int8 may fall the other way
+    given, expected = (kv[:, 1], 6), (expected_kv[:, 1], 6, False, expected_scales[:, 1], fixed)
+    q = rope_and_store(qkv, *rows, *given, kv_scales=scales[:, 1], fixed_scales=fixed)  # type: ignore[misc, arg-type]
+    close(q, rope_and_store_reference(qkv, *rows, *expected))  # type: ignore[misc, arg-type]
+    torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(kv, expected_kv)
     assert kv[:, 1].any()
+    assert scales.isnan().sum() == 2
 
 
 def test_wrong_arguments_are_named() -> None:
