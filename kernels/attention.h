@@ -2,13 +2,14 @@
 //
 // A task is one KV head and a tile of consecutive queries of one sequence (all query heads of the group: rows). It walks over absolute tiles
 // of 64 positions, aligned at position 0 whatever the block size, the chunking or the window: keys are transposed to [dim][64], values
-// copied to [64][dim], both as float32. For a row and a tile: each score is one fma chain over dim; the maximum and the sum of the
+// copied to [64][dim], both as float32, codes times their position's scale. For a row and a tile: each score is one fma chain over dim; the maximum and the sum of the
 // tile's 64 lanes use fixed trees; each output element is one fma chain over exactly the positions that the row sees. So a row's bits
 // depend on its query and on the keys and values it sees, and on nothing else, not even on what lies in lanes it must not see.
 #pragma once
 
 #include <vector>
 
+#include "kv_codes.h"
 #include "tile.h"
 
 namespace tandem {
@@ -25,6 +26,9 @@ struct AttentionCall {
     int64_t heads, kv_heads, dim, num_blocks, block_size, block_stride, table_stride, window;
     float scale;
     bool paired;  // the cache's order, as in kernels/kv_order.py; only attention_bf16.h reads that one
+    int64_t format;  // of the cache: a KvFormat
+    const float* scales;  // of positions, where the format has them, with the stride between their blocks
+    int64_t scales_stride;
 };
 
 struct AttentionTask {
@@ -46,19 +50,6 @@ struct AttentionScratch : AttentionRows {
     alignas(64) float values[POSITIONS * MAX_DIM];
     alignas(64) float q[GROUP_ROWS * MAX_DIM];
 };
-
-inline vf load_cached(const float* p, int64_t left) { return left >= VW ? load(p) : load_part(p, (int)left); }
-
-inline vf load_cached(const uint16_t* p, int64_t left) {
-    const int count = left >= VW ? VW : (int)left;
-#if defined(__AVX512F__)
-    if (count == VW)
-        return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-#endif
-    alignas(64) float lanes[VW] = {};
-    for (int i = 0; i < count; ++i) lanes[i] = bf16_to_float(p[i]);
-    return load(lanes);
-}
 
 // Transpose VW rows in place: lane j of row i goes to lane i of row j.
 inline void transpose(vf* rows) {
@@ -91,6 +82,18 @@ inline void transpose(vf* rows) {
 #endif
 }
 
+// Calls body(j, the scale of position j's key, that of its value) for positions [begin, end) of the tile at `start`.
+template <class Body>
+inline void each_scale(const AttentionCall& call, int64_t sequence, int64_t kv_head, int64_t start, int64_t begin, int64_t end, const Body& body) {
+    const int32_t* table = call.tables + sequence * call.table_stride;
+    int64_t index = (start + begin) / call.block_size, offset = (start + begin) % call.block_size;
+    for (int64_t j = begin; j < end; ++index, offset = 0) {
+        const float* keys = call.scales + table[index] * call.scales_stride + kv_head * call.block_size;
+        const float* values = keys + call.kv_heads * call.block_size;
+        for (; j < end && offset < call.block_size; ++j, ++offset) body(j, keys[offset], values[offset]);
+    }
+}
+
 // Bring positions [begin, end) of the tile at `start` into scratch: keys transposed (other lanes 0), values as rows.
 template <class T>
 void load_tile(const AttentionCall& call, const AttentionTask& task, int64_t start, int64_t begin, int64_t end, AttentionScratch& s) {
@@ -102,16 +105,23 @@ void load_tile(const AttentionCall& call, const AttentionTask& task, int64_t sta
         rows[j] = (const T*)call.cache + table[index] * call.block_stride + (task.kv_head * call.block_size + offset) * call.dim;
         if (++offset == call.block_size) offset = 0, ++index;
     }
+    float key_scales[POSITIONS], value_scales[POSITIONS];
+    if (HAS_SCALES<T>)
+        each_scale(call, task.sequence, task.kv_head, start, begin, end,
+                   [&](int64_t j, float key, float value) { key_scales[j] = key, value_scales[j] = value; });
+    const auto read = [](const T* p, int64_t left, const float* scale) {
+        return HAS_SCALES<T> ? load_cached(p, left) * splat(*scale) : load_cached(p, left);
+    };
     for (int64_t j0 = begin / VW * VW; j0 < end; j0 += VW)
         for (int64_t d = 0; d < call.dim; d += VW) {
             vf square[VW];
             for (int64_t j = 0; j < VW; ++j)
-                square[j] = j0 + j >= begin && j0 + j < end ? load_cached(rows[j0 + j] + d, call.dim - d) : splat(0.0f);
+                square[j] = j0 + j >= begin && j0 + j < end ? read(rows[j0 + j] + d, call.dim - d, key_scales + j0 + j) : splat(0.0f);
             transpose(square);
             for (int64_t i = 0; i < VW; ++i) store(s.keys + (d + i) * POSITIONS + j0, square[i]);
         }
     for (int64_t j = begin; j < end; ++j)
-        for (int64_t d = 0; d < call.dim; d += VW) store(s.values + j * padded + d, load_cached(rows[j] + to_values + d, call.dim - d));
+        for (int64_t d = 0; d < call.dim; d += VW) store(s.values + j * padded + d, read(rows[j] + to_values + d, call.dim - d, value_scales + j));
 }
 
 // Turn a row's 64 scores into weights (0 where it must not see), and update its maximum, total and output so far.

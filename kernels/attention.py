@@ -14,6 +14,7 @@ import functools
 import torch
 
 from kernels import build, check, dispatch
+from kernels.kv_codes import FORMATS, check_scales, dequantize_rows
 from kernels.kv_order import PAIRED, PLAIN, check_order
 from tandem.errors import InternalError
 
@@ -26,7 +27,7 @@ def _library() -> ctypes.CDLL:
     lib = build.load_library("attention.cpp")
     assert lib is not None, "the cpp implementation is selected only when its libraries load"
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.tandem_paged_attention.argtypes = [pointer] * 6 + [i64] * 10 + [ctypes.c_float, i32, i32, i32, i32]
+    lib.tandem_paged_attention.argtypes = [pointer] * 7 + [i64] * 11 + [ctypes.c_float, i32, i32, i32, i32]
     lib.tandem_paged_attention.restype = i64
     return lib
 
@@ -41,19 +42,21 @@ def paged_attention(
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
     *,
+    kv_scales: torch.Tensor | None = None,
     rounded: bool = False,
     order: str = PLAIN,
 ) -> torch.Tensor:
     """Return attention [T, Hq, D] float32 for the queries of S sequences, whose keys and values are in the cache
     already.
 
-    q [T, Hq, D] float32. kv_layer = cache[:, layer], [blocks, 2, Hkv, block_size, D], float32 or bfloat16. block_tables
-    [S, max_blocks] int32. query_starts [S + 1] int32: sequence s has rows query_starts[s] to query_starts[s + 1] (none
+    q [T, Hq, D] float32. kv_layer = cache[:, layer], [blocks, 2, Hkv, block_size, D], float32 or bfloat16, or int8
+    or float8_e4m3fn with `kv_scales` [blocks, 2, Hkv, block_size] (`kernels.kv_codes`). block_tables [S, max_blocks]
+    int32. query_starts [S + 1] int32: sequence s has rows query_starts[s] to query_starts[s + 1] (none
     is allowed). context_lens [S] int32: KV length after this step. Row i of sequence s sits at position context_len -
     query_len + i and sees positions up to its own, of these the last `sliding_window` when given. D a multiple of 8, at
     most 256; Hq a multiple of Hkv. `out` must not overlap q. `rounded` allows queries and softmax weights to be rounded
-    to bfloat16, which is faster with a bfloat16 cache where the CPU multiplies that (attention_bf16.h). `order` is the
-    cache's (`kernels.kv_order`); paired goes with `rounded` only.
+    to bfloat16, which is faster with a cache of at most 16 bits where the CPU multiplies bfloat16 (attention_bf16.h).
+    `order` is the cache's (`kernels.kv_order`); paired goes with `rounded` only.
 
     Raises InternalError for wrong shapes, dtypes or orders, impossible lengths, or a needed block that is outside the
     cache.
@@ -62,6 +65,7 @@ def paged_attention(
     if order == PAIRED and not rounded:
         raise InternalError("a cache in paired order needs rounded attention")
     block_stride, block_size = _check_shapes(q, kv_layer, block_tables, query_starts, context_lens, sliding_window)
+    scales_stride = check_scales(kv_layer, kv_scales)
     if out is None:
         out = torch.empty_like(q)
     else:
@@ -69,15 +73,15 @@ def paged_attention(
     if dispatch.select().name != "cpp":
         _check_lengths(q, kv_layer, block_tables, query_starts, context_lens, sliding_window)
         step = (q, kv_layer, block_tables, query_starts, context_lens)
-        return out.copy_(paged_attention_reference(*step, scale, sliding_window))
-    pointers = [t.data_ptr() for t in (q, kv_layer, block_tables, query_starts, context_lens, out)]
+        return out.copy_(paged_attention_reference(*step, scale, sliding_window, kv_scales))
+    tensors = (q, kv_layer, kv_scales, block_tables, query_starts, context_lens, out)
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
     tokens, heads, dim = q.shape
     sequences, max_blocks = block_tables.shape
-    sizes = (sequences, tokens, heads, kv_layer.shape[2], dim, kv_layer.shape[0], block_size, block_stride, max_blocks)
-    bf16 = kv_layer.dtype is torch.bfloat16
-    bad = _library().tandem_paged_attention(
-        *pointers, *sizes, sliding_window or 0, scale, bf16, rounded, order == PAIRED, torch.get_num_threads()
-    )
+    blocks, kv_heads = kv_layer.shape[0], kv_layer.shape[2]
+    sizes = (sequences, tokens, heads, kv_heads, dim, blocks, block_size, block_stride, max_blocks, scales_stride)
+    how = (sliding_window or 0, scale, FORMATS[kv_layer.dtype], rounded, order == PAIRED)
+    bad = _library().tandem_paged_attention(*pointers, *sizes, *how, torch.get_num_threads())
     if bad >= 0:
         raise _impossible(bad)
     return out
@@ -150,6 +154,7 @@ def paged_attention_reference(
     context_lens: torch.Tensor,
     scale: float,
     sliding_window: int | None = None,
+    kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do what `paged_attention` does, by torch: gathers each sequence's keys and values. Computes in the dtype of q."""
     out = torch.empty_like(q)
@@ -163,7 +168,11 @@ def paged_attention_reference(
         oldest = max(0, int(query_positions[0]) - sliding_window + 1) if sliding_window else 0
         positions = torch.arange(oldest, context)
         blocks, offsets = block_tables[s][positions // block_size].long(), positions % block_size
-        keys, values = kv_layer[blocks, :, :, offsets].to(q.dtype).unbind(1)  # [positions, Hkv, D] each
+        # A byte view: not every operation of torch takes 8-bit floats.
+        codes = kv_layer if kv_scales is None else kv_layer.view(torch.uint8)
+        gathered = codes[blocks, :, :, offsets].view(kv_layer.dtype)
+        scales = None if kv_scales is None else kv_scales[blocks, :, :, offsets]
+        keys, values = dequantize_rows(gathered, scales, q.dtype).unbind(1)  # [positions, Hkv, D] each
         hidden = positions[None] > query_positions[:, None]
         if sliding_window:
             hidden |= positions[None] <= query_positions[:, None] - sliding_window

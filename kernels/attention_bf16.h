@@ -1,8 +1,9 @@
-// The same walk as attention.h over bf16 caches, with the CPU's bf16 dot products: queries and softmax weights are rounded to bf16, sums and
+// The same walk as attention.h over caches of bf16 and of 8-bit codes, with the CPU's bf16 dot products: queries and softmax weights are rounded to bf16, sums and
 // the softmax itself stay float32.
 //
 // Keys are taken as pairs of dims of 16 positions side by side, values as pairs of positions, so that one instruction multiplies two. A
-// cache in paired order lies like that and is read in place; from one in plain order each tile is brought into scratch. Every score is one
+// cache in paired order lies like that and is read in place; from one in plain order each tile is brought into scratch, and so are codes,
+// which bf16 holds exactly: their positions' scales multiply scores and weights, not elements. Every score is one
 // chain over pairs of dims, every output element one chain over pairs of the positions that the row sees: a row's bits depend on nothing
 // else, the order included.
 #pragma once
@@ -27,6 +28,8 @@ struct Bf16Scratch : AttentionRows {
     alignas(64) uint32_t q[GROUP_ROWS + 15][MAX_DIM / 2];
     alignas(64) uint32_t weights[GROUP_ROWS + 15][POSITIONS / 2];
     alignas(64) uint32_t seen[2][8][MAX_DIM];  // groups of positions at the ends of what rows see
+    alignas(64) uint16_t decoded[2][POSITIONS][MAX_DIM];  // keys and values of codes in plain order
+    alignas(64) float key_scales[POSITIONS], value_scales[POSITIONS];  // of codes, of the current tile
 };
 
 // Where the pairs of one head's tile lie. What no row sees points to something that may be read.
@@ -103,10 +106,11 @@ struct TileWalk {
         if (++head == task.kv_heads) head = 0, start += POSITIONS;
     }
     // The current head's keys in the block that holds a position, and where in the block that is.
-    const uint16_t* block_of(int64_t position, int64_t& offset) const {
+    template <class T>
+    const T* block_of(int64_t position, int64_t& offset) const {
         const int32_t block = call.tables[task.sequence * call.table_stride + position / call.block_size];
         offset = position % call.block_size;
-        return (const uint16_t*)call.cache + block * call.block_stride + (task.kv_head + head) * call.block_size * call.dim;
+        return (const T*)call.cache + block * call.block_stride + (task.kv_head + head) * call.block_size * call.dim;
     }
 };
 
@@ -117,7 +121,7 @@ inline void find_tile(const TileWalk& walk, Bf16Tile& tile) {
     tile.stride = call.block_size;
     for (int64_t group = first; group < last; ++group) {
         int64_t offset;
-        const uint16_t* keys = walk.block_of(walk.start + group * 16, offset);
+        const uint16_t* keys = walk.block_of<uint16_t>(walk.start + group * 16, offset);
         tile.keys[group] = (const uint32_t*)keys + offset;
         const uint32_t* values = (const uint32_t*)(keys + to_values) + offset / 2 * call.dim;
         for (int64_t pair = 0; pair < 8; ++pair) tile.values[group * 8 + pair] = values + pair * call.dim;
@@ -129,32 +133,109 @@ inline void find_tile(const TileWalk& walk, Bf16Tile& tile) {
     }
 }
 
-// A tile of a cache in plain order, brought into scratch; what lies beside its positions in their groups of 16 and pairs becomes 0.
-inline void load_tile(const TileWalk& walk, Bf16Scratch& s, Bf16Tile& tile) {
-    const AttentionCall& call = walk.call;
-    const int64_t begin = walk.begin(), end = walk.end(), dim = call.dim, to_values = call.kv_heads * call.block_size * dim;
-    const uint16_t* rows[POSITIONS];
-    for (int64_t j = begin; j < end; ++j) {
+// 32 codes as bf16, which holds each exactly: those of e4m3 divided by 256.
+static inline __m512i decode32(const int8_t* p) {
+    const __m256i codes = _mm256_loadu_si256((const __m256i*)p);
+    return (__m512i)_mm512_cvtne2ps_pbh(decode16(_mm256_extracti128_si256(codes, 1), int8_t()), decode16(_mm256_castsi256_si128(codes), int8_t()));
+}
+static inline __m512i decode32(const E4m3* p) {
+    const __m256i codes = _mm256_loadu_si256((const __m256i*)p);
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtph_ps(e4m3_halves(_mm256_extracti128_si256(codes, 1))),
+                                        _mm512_cvtph_ps(e4m3_halves(_mm256_castsi256_si128(codes))));
+}
+
+// Where the keys and values of positions [begin, end) of a tile in plain order are, as bf16.
+struct Bf16Rows {
+    const uint16_t *keys[POSITIONS], *values[POSITIONS];
+};
+
+template <class T>
+inline void find_rows(const TileWalk& walk, Bf16Scratch& s, Bf16Rows& rows) {
+    const int64_t dim = walk.call.dim, to_values = walk.call.kv_heads * walk.call.block_size * dim;
+    for (int64_t j = walk.begin(); j < walk.end(); ++j) {
         int64_t offset;
-        rows[j] = walk.block_of(walk.start + j, offset);
-        rows[j] += offset * dim;
+        const T* keys = walk.block_of<T>(walk.start + j, offset);
+        keys += offset * dim;
+        if constexpr (HAS_SCALES<T>) {
+            for (int64_t d = 0; d < dim; d += 32) {
+                _mm512_store_si512(s.decoded[0][j] + d, decode32(keys + d));
+                _mm512_store_si512(s.decoded[1][j] + d, decode32(keys + to_values + d));
+            }
+            rows.keys[j] = s.decoded[0][j], rows.values[j] = s.decoded[1][j];
+        } else {
+            rows.keys[j] = (const uint16_t*)keys, rows.values[j] = (const uint16_t*)(keys + to_values);
+        }
     }
+}
+
+// The scales of a tile's positions, with what its codes were divided by.
+inline void load_scales(const TileWalk& walk, Bf16Scratch& s) {
+    const float unit = walk.call.format == KV_E4M3 ? 256.0f : 1.0f;
+    each_scale(walk.call, walk.task.sequence, walk.task.kv_head + walk.head, walk.start, walk.begin(), walk.end(),
+               [&](int64_t j, float key, float value) { s.key_scales[j] = key * unit, s.value_scales[j] = value * unit; });
+}
+
+// A tile of codes in paired order, brought into scratch as it lies. Whole groups of 16 positions are decoded: every code is a number.
+template <class T>
+inline void load_paired_codes(const TileWalk& walk, Bf16Scratch& s) {
+    const AttentionCall& call = walk.call;
+    const int64_t dim = call.dim, size = call.block_size, to_values = call.kv_heads * size * dim;
+    for (int64_t group = walk.begin() / 16; group < (walk.end() + 15) / 16; ++group) {
+        int64_t offset;
+        const T* head = walk.block_of<T>(walk.start + group * 16, offset);
+        const T *keys = head + offset * 2, *values = head + to_values + offset * dim;
+        for (int64_t i = 0; i < dim / 2; ++i) _mm512_store_si512(s.keys[group][i], decode32(keys + i * 2 * size));
+        for (int64_t pair = 0; pair < 8; ++pair)
+            for (int64_t d = 0; d < dim; d += 16) _mm512_store_si512(s.values[group * 8 + pair] + d, decode32(values + pair * 2 * dim + 2 * d));
+    }
+}
+
+// The current tile of codes in paired order, asked for before it is loaded: into the second level of cache.
+inline void ask_for_codes(const TileWalk& walk) {
+    const int64_t dim = walk.call.dim, size = walk.call.block_size, to_values = walk.call.kv_heads * size * dim;
+    for (int64_t group = walk.begin() / 16; group < (walk.end() + 15) / 16; ++group) {
+        int64_t offset;
+        const int8_t* head = walk.block_of<int8_t>(walk.start + group * 16, offset);
+        for (int64_t i = 0; i < dim / 2; i += size == 16 ? 2 : 1) __builtin_prefetch(head + offset * 2 + i * 2 * size, 0, 2);
+        for (int64_t at = 0; at < 16 * dim; at += 64) __builtin_prefetch(head + to_values + offset * dim + at, 0, 2);
+    }
+}
+
+// A tile of a cache in plain order, brought into scratch; what lies beside its positions in their groups of 16 and pairs becomes 0.
+template <class T>
+inline void load_plain(const TileWalk& walk, Bf16Scratch& s) {
+    const int64_t begin = walk.begin(), end = walk.end(), dim = walk.call.dim;
+    Bf16Rows rows;
+    find_rows<T>(walk, s, rows);
     for (int64_t j0 = begin / 16 * 16; j0 < end; j0 += 16)
         for (int64_t d = 0; d < dim; d += 32) {
             vf square[16];
             for (int64_t j = 0; j < 16; ++j)
-                square[j] = j0 + j >= begin && j0 + j < end ? (vf)_mm512_loadu_ps((const void*)(rows[j0 + j] + d)) : splat(0.0f);
+                square[j] = j0 + j >= begin && j0 + j < end ? (vf)_mm512_loadu_ps((const void*)(rows.keys[j0 + j] + d)) : splat(0.0f);
             transpose(square);
             for (int64_t i = 0; i < 16; ++i) _mm512_store_ps((void*)s.keys[j0 / 16][d / 2 + i], (__m512)square[i]);
         }
     for (int64_t j = begin / 2 * 2; j < end; j += 2)
         for (int64_t d = 0; d < dim; d += 32) {
             const __m512i none = _mm512_setzero_si512();
-            const __m512i a = j >= begin ? _mm512_loadu_si512(rows[j] + to_values + d) : none;
-            const __m512i b = j + 1 < end ? _mm512_loadu_si512(rows[j + 1] + to_values + d) : none;
+            const __m512i a = j >= begin ? _mm512_loadu_si512(rows.values[j] + d) : none;
+            const __m512i b = j + 1 < end ? _mm512_loadu_si512(rows.values[j + 1] + d) : none;
             _mm512_store_si512(s.values[j / 2] + d, pairs_low(a, b));
             _mm512_store_si512(s.values[j / 2] + d + 16, pairs_high(a, b));
         }
+}
+
+// The current tile by way of scratch: of any cache but those in paired order that hold bf16.
+inline void load_tile(const TileWalk& walk, Bf16Scratch& s, Bf16Tile& tile) {
+    with_format(walk.call.format, [&](auto element) {
+        using T = decltype(element);
+        if constexpr (sizeof(T) == 4) return;  // floats are not for here
+        if constexpr (HAS_SCALES<T>) {
+            load_scales(walk, s);
+            if (walk.call.paired) return load_paired_codes<T>(walk, s);
+        }
+        if constexpr (sizeof(T) < 4) load_plain<T>(walk, s);
+    });
     tile.stride = 16;
     for (int64_t group = 0; group < POSITIONS / 16; ++group) tile.keys[group] = s.keys[group][0];
     for (int64_t pair = 0; pair < POSITIONS / 2; ++pair) tile.values[pair] = s.values[pair];
@@ -196,11 +277,16 @@ inline void soften_bf16(const AttentionCall& call, Bf16Scratch& s, int64_t row, 
     const uint64_t seen = (all << s.begin[row]) & (all >> (POSITIONS - s.end[row]));
     const __m512 unit = _mm512_set1_ps(call.scale * 1.44269504088896341f), none = _mm512_set1_ps(-INFINITY);
     __m512 value[4];
-    for (int v = 0; v < 4; ++v) value[v] = _mm512_mask_mul_ps(none, (__mmask16)(seen >> 16 * v), _mm512_load_ps(scores + 16 * v), unit);
+    for (int v = 0; v < 4; ++v) {
+        const __m512 by = call.scales ? _mm512_mul_ps(unit, _mm512_load_ps(s.key_scales + 16 * v)) : unit;
+        value[v] = _mm512_mask_mul_ps(none, (__mmask16)(seen >> 16 * v), _mm512_load_ps(scores + 16 * v), by);
+    }
     const float best = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(value[0], value[1]), _mm512_max_ps(value[2], value[3])));
     const float before = s.highest[row], now = best > before ? best : before;
     for (int v = 0; v < 4; ++v) value[v] = _mm512_maskz_mov_ps((__mmask16)(seen >> 16 * v), exp2_roughly(_mm512_sub_ps(value[v], _mm512_set1_ps(now))));
     const float total = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(value[0], value[1]), _mm512_add_ps(value[2], value[3])));
+    if (call.scales)
+        for (int v = 0; v < 4; ++v) value[v] = _mm512_maskz_mul_ps((__mmask16)(seen >> 16 * v), value[v], _mm512_load_ps(s.value_scales + 16 * v));
     _mm512_store_si512(s.weights[row], (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
     _mm512_store_si512(s.weights[row] + 16, (__m512i)_mm512_cvtne2ps_pbh(value[3], value[2]));
     s.highest[row] = now;
@@ -426,10 +512,11 @@ inline void run_bf16_task(const AttentionCall& call, const AttentionTask& task) 
 #endif
     TileWalk walk(call, task);
     Bf16Tile tiles[2];
-    if (call.paired) find_tile(walk, tiles[0]);
+    const bool in_place = call.paired && call.format == KV_BF16;
+    if (in_place) find_tile(walk, tiles[0]);
     for (int which = 0; !walk.done(); which ^= 1) {
         Bf16Tile &tile = tiles[which], *next = nullptr;
-        if (!call.paired) load_tile(walk, s, tile);
+        if (!in_place) load_tile(walk, s, tile);
         const int64_t start = walk.start, begin = walk.begin(), end = walk.end();
         // With several heads there is one query, and the head's rows all see the tile alike.
         int64_t first = walk.head * group, last = first + group;
@@ -438,7 +525,8 @@ inline void run_bf16_task(const AttentionCall& call, const AttentionTask& task) 
         else
             for (int64_t row = first; row < last; ++row) s.begin[row] = begin, s.end[row] = end;
         walk.advance();
-        if (call.paired && !walk.done()) find_tile(walk, *(next = &tiles[which ^ 1]));
+        if (in_place && !walk.done()) find_tile(walk, *(next = &tiles[which ^ 1]));
+        if (call.scales && call.paired && !walk.done()) ask_for_codes(walk);
         attend_tile(call, tile, next, s, first, last, begin, end);
     }
     for (int64_t row = 0; row < rows; ++row) {
@@ -456,13 +544,11 @@ inline void run_bf16_task(const AttentionCall&, const AttentionTask&) {}
 #endif
 
 // One task, `rounded` where asked for and possible. That depends on the call's shape and the machine only.
-inline void attend(const AttentionCall& call, const AttentionTask& task, bool is_bf16, bool rounded) {
-    if (is_bf16 && rounded && bf16_attention_fits(call.dim))
+inline void attend(const AttentionCall& call, const AttentionTask& task, bool rounded) {
+    if (call.format != KV_FLOAT32 && rounded && bf16_attention_fits(call.dim))
         run_bf16_task(call, task);
-    else if (is_bf16)
-        run_task<uint16_t>(call, task);
     else
-        run_task<float>(call, task);
+        with_format(call.format, [&](auto element) { run_task<decltype(element)>(call, task); });
 }
 
 }  // namespace tandem

@@ -10,6 +10,7 @@ import torch
 from tandem.errors import InternalError
 
 FLOATS = (torch.float32, torch.bfloat16)
+KV_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 
 
 def fail(name: str, tensor: torch.Tensor, expected: str) -> InternalError:
@@ -52,7 +53,7 @@ def vector(name: str, tensor: torch.Tensor, dtype: torch.dtype, length: int | No
 
 
 def kv_layer(tensor: torch.Tensor, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
-    """Require `cache[:, layer]`: [blocks, 2, num_kv_heads, block_size, head_dim], f32 or bf16, dense within each block.
+    """Require `cache[:, layer]`: [blocks, 2, num_kv_heads, block_size, head_dim], dense within each block.
 
     Returns (stride between blocks in elements, block_size).
     """
@@ -62,13 +63,13 @@ def kv_layer(tensor: torch.Tensor, num_kv_heads: int, head_dim: int) -> tuple[in
         or shape[1] != 2
         or shape[2] != num_kv_heads
         or shape[4] != head_dim
-        or tensor.dtype not in FLOATS
+        or tensor.dtype not in KV_DTYPES
         or strides[1:] != (num_kv_heads * shape[3] * head_dim, shape[3] * head_dim, head_dim, 1)
         or not tensor.is_cpu
     ):
         raise fail(
             "kv_layer",
             tensor,
-            f"[blocks, 2, {num_kv_heads}, block_size, {head_dim}], float32 or bfloat16, dense in a block",
+            f"[blocks, 2, {num_kv_heads}, block_size, {head_dim}], one of {KV_DTYPES}, dense in a block",
         )
     return strides[0], shape[3]

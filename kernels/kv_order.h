@@ -1,38 +1,63 @@
 // The two orders of a block's keys and values in the cache; see kernels/kv_order.py.
 #pragma once
 
-#include "common.h"
+#include "kv_codes.h"
 
 namespace tandem {
+
+// A cache's blocks of one layer, as steps write them: codes in their format, and scales where the format has them.
+struct KvBlocks {
+    void* cache;    // keys of block 0
+    float* scales;  // theirs, or null
+    int64_t block_stride, scales_stride, block_size;  // strides between blocks, in elements and in floats
+    int64_t format;
+    bool paired;
+    float key_scale, value_scale;  // fixed ones; 0: each row's own
+};
 
 // One head's share of a block in plain order, [slot][dim]: where slot `offset` begins.
 template <class T>
 struct PlainSlot {
     T *keys, *values;
-    void write_key(const float* source, int64_t dim) const { copy(keys, source, dim); }
-    void write_value(const float* source, int64_t dim) const { copy(values, source, dim); }
-
-private:
-    static void copy(float* target, const float* source, int64_t dim) { std::memcpy(target, source, (size_t)dim * 4); }
-    static void copy(uint16_t* target, const float* source, int64_t dim) {
-        for (int64_t i = 0; i < dim; ++i) target[i] = float_to_bf16(source[i]);
-    }
+    void write_key(const T* row, int64_t dim) const { std::memcpy(keys, row, (size_t)dim * sizeof(T)); }
+    void write_value(const T* row, int64_t dim) const { std::memcpy(values, row, (size_t)dim * sizeof(T)); }
 };
 
-// In paired order, bf16: keys [dim / 2][slot][2 dims], values [slot / 2][dim][2 slots].
+// In paired order, 2 bytes or 1 an element: keys [dim / 2][slot][2 dims], values [slot / 2][dim][2 slots].
+template <class T>
 struct PairedSlot {
-    uint32_t* keys;    // of this slot's first pair
-    uint16_t* values;  // of this slot's first value
+    T *keys, *values;  // of this slot's first pair, and its first value
     int64_t block_size;
-    void write_key(const float* source, int64_t dim) const {
-        alignas(64) uint16_t rounded[256];
-        for (int64_t i = 0; i < dim; ++i) rounded[i] = float_to_bf16(source[i]);
-        for (int64_t i = 0; i < dim / 2; ++i) std::memcpy(keys + i * block_size, rounded + 2 * i, 4);
+    void write_key(const T* row, int64_t dim) const {
+        for (int64_t i = 0; i < dim / 2; ++i) std::memcpy(keys + i * 2 * block_size, row + 2 * i, 2 * sizeof(T));
     }
-    void write_value(const float* source, int64_t dim) const {
-        for (int64_t i = 0; i < dim; ++i) values[2 * i] = float_to_bf16(source[i]);
+    void write_value(const T* row, int64_t dim) const {
+        for (int64_t i = 0; i < dim; ++i) values[2 * i] = row[i];
     }
 };
+
+// Write one head's key and value at a slot of the cache.
+template <class T>
+inline void write_head(const KvBlocks& to, int64_t slot, int64_t kv_heads, int64_t head, const float* key, const float* value, int64_t dim) {
+    const int64_t block = slot / to.block_size, offset = slot % to.block_size, head_size = to.block_size * dim;
+    T *keys = (T*)to.cache + block * to.block_stride + head * head_size, *values = keys + kv_heads * head_size;
+    float *key_scale = nullptr, *value_scale = nullptr;
+    if (HAS_SCALES<T>) {
+        key_scale = to.scales + block * to.scales_stride + head * to.block_size + offset;
+        value_scale = key_scale + kv_heads * to.block_size;
+    }
+    alignas(64) T row[256];
+    const auto write = [&](const auto& place) {
+        encode_row(key, dim, to.key_scale, row, key_scale);
+        place.write_key(row, dim);
+        encode_row(value, dim, to.value_scale, row, value_scale);
+        place.write_value(row, dim);
+    };
+    if (to.paired)
+        write(PairedSlot<T>{keys + 2 * offset, values + offset / 2 * 2 * dim + offset % 2, to.block_size});
+    else
+        write(PlainSlot<T>{keys + offset * dim, values + offset * dim});
+}
 
 #if defined(__AVX512BW__)
 

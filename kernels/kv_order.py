@@ -1,8 +1,9 @@
 """The order of keys and values within a block of the cache.
 
     plain   keys and values [block_size, D]: a position's elements side by side.
-    paired  keys [D / 2, block_size, 2], values [block_size / 2, D, 2], bfloat16: what one instruction multiplies lies
-    side by side (pairs of dims for scores, pairs of positions for sums), so attention reads the cache in place.
+    paired  keys [D / 2, block_size, 2], values [block_size / 2, D, 2], bfloat16 or 8-bit codes: what one instruction
+    multiplies lies side by side (pairs of dims for scores, pairs of positions for sums), so attention reads bfloat16
+    in place and widens codes without moving them.
 
 Both take the same bytes, and results have the same bits with either. A block's tensor has the shape of the plain order
 whatever its order is.
@@ -15,6 +16,7 @@ import functools
 import torch
 
 from kernels import build
+from kernels.kv_codes import is_quantized
 from tandem.errors import InternalError
 
 PLAIN = "plain"
@@ -32,7 +34,8 @@ def multiplies_pairs(head_dim: int) -> bool:
 
 def best_order(dtype: torch.dtype, block_size: int, head_dim: int) -> str:
     """The order that attention with `rounded` is fastest with, on this machine."""
-    fits = dtype is torch.bfloat16 and block_size % POSITIONS == 0 and multiplies_pairs(head_dim)
+    narrow = dtype is torch.bfloat16 or is_quantized(dtype)
+    fits = narrow and block_size % POSITIONS == 0 and multiplies_pairs(head_dim)
     return PAIRED if fits else PLAIN
 
 
@@ -41,7 +44,7 @@ def check_order(order: str, dtype: torch.dtype, block_size: int, head_dim: int) 
     if order != PLAIN and order != best_order(dtype, block_size, head_dim):
         raise InternalError(
             f"KV order {order!r} can't be had here: {dtype}, blocks of {block_size}, heads of {head_dim}; allowed are "
-            f"{PLAIN}, and {PAIRED} with bfloat16, blocks of a multiple of {POSITIONS} and a CPU that multiplies pairs"
+            f"{PLAIN}, and {PAIRED} with 16 or 8 bits, blocks of a multiple of {POSITIONS}, a CPU that multiplies pairs"
         )
 
 

@@ -34,29 +34,19 @@ inline void rotate(const RopeJob& job, const float* x, const float* cos, const f
     for (int64_t i = 2 * half; i < job.dim; ++i) out[i] = x[i];
 }
 
-// `paired`: the cache is bf16 in paired order.
-template <class T>
-inline void rope_token(const RopeJob& job, T* cache, int64_t block_stride, int64_t block_size, bool paired, int64_t t) {
+inline void rope_token(const RopeJob& job, const KvBlocks& blocks, int64_t t) {
     const float* row = job.qkv + t * (job.heads + 2 * job.kv_heads) * job.dim;
     const float *cos = job.cos + job.positions[t] * job.half, *sin = job.sin + job.positions[t] * job.half;
     for (int64_t h = 0; h < job.heads; ++h) rotate(job, row + h * job.dim, cos, sin, job.q + (t * job.heads + h) * job.dim);
     const float* keys = row + job.heads * job.dim;
     const float* values = keys + job.kv_heads * job.dim;
-    T* block = cache + job.slots[t] / block_size * block_stride;
-    const int64_t offset = job.slots[t] % block_size, head_size = block_size * job.dim;
     alignas(64) float rotated[256];
-    for (int64_t h = 0; h < job.kv_heads; ++h) {
-        rotate(job, keys + h * job.dim, cos, sin, rotated);
-        T *head_keys = block + h * head_size, *head_values = head_keys + job.kv_heads * head_size;
-        const auto write = [&](const auto& slot) {
-            slot.write_key(rotated, job.dim);
-            slot.write_value(values + h * job.dim, job.dim);
-        };
-        if (paired)
-            write(PairedSlot{(uint32_t*)head_keys + offset, (uint16_t*)head_values + offset / 2 * 2 * job.dim + offset % 2, block_size});
-        else
-            write(PlainSlot<T>{head_keys + offset * job.dim, head_values + offset * job.dim});
-    }
+    with_format(blocks.format, [&](auto element) {
+        for (int64_t h = 0; h < job.kv_heads; ++h) {
+            rotate(job, keys + h * job.dim, cos, sin, rotated);
+            write_head<decltype(element)>(blocks, job.slots[t], job.kv_heads, h, rotated, values + h * job.dim, job.dim);
+        }
+    });
 }
 
 }  // namespace tandem

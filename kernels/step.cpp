@@ -298,17 +298,24 @@ struct Gate {
     }
 };
 
-void attention(Walker& walker, const LayerArgs& layer, void* cache) {
+// Where a layer's keys and values are.
+KvBlocks blocks_of(const StepArgs& s, const LayerArgs& layer, int64_t index) {
+    return {(char*)s.cache + index * s.layer_stride * element_bytes(s.format),
+            s.scales ? s.scales + index * s.scales_layer_stride : nullptr,
+            s.block_stride, s.scales_block_stride, s.block_size, s.format, s.paired != 0, layer.key_scale, layer.value_scale};
+}
+
+void attention(Walker& walker, const LayerArgs& layer, const KvBlocks& blocks) {
     Run& run = walker.run;
     const ModelArgs& m = run.m;
     const StepArgs& s = run.s;
     const int64_t width = m.heads * m.dim, group = m.heads / m.kv_heads;
-    const AttentionCall call{run.w.q,  run.w.mixed, cache,        s.tables,     s.query_starts, s.context_lens, m.heads,
+    const AttentionCall call{run.w.q,  run.w.mixed, blocks.cache, s.tables,     s.query_starts, s.context_lens, m.heads,
                              m.kv_heads, m.dim,     s.num_blocks, s.block_size, s.block_stride, s.table_stride, layer.window,
-                             1.0f / std::sqrt((float)m.dim), s.paired != 0};
+                             1.0f / std::sqrt((float)m.dim), blocks.paired, blocks.format, blocks.scales, blocks.scales_stride};
     walker.each((int64_t)run.tasks.size(), 1, [&](int64_t number) {
         const AttentionTask& task = run.tasks[(size_t)number];
-        attend(call, task, s.is_bf16 != 0, true);
+        attend(call, task, true);
         const int64_t first = s.query_starts[task.sequence] + task.query, column = task.kv_head * group * m.dim;
         if (run.w.attended.rest) return;
         for (int64_t row = first; row < first + task.count; ++row)
@@ -317,7 +324,7 @@ void attention(Walker& walker, const LayerArgs& layer, void* cache) {
     });
 }
 
-void rotate_and_cache(Walker& walker, const LayerArgs& layer, void* cache) {
+void rotate_and_cache(Walker& walker, const LayerArgs& layer, const KvBlocks& blocks) {
     Run& run = walker.run;
     const ModelArgs& m = run.m;
     const StepArgs& s = run.s;
@@ -327,10 +334,7 @@ void rotate_and_cache(Walker& walker, const LayerArgs& layer, void* cache) {
         if (layer.query_norm)
             for (int64_t h = 0; h < m.heads + m.kv_heads; ++h)
                 normalise(row + h * m.dim, nullptr, h < m.heads ? layer.query_norm : layer.key_norm, row + h * m.dim, m.dim, (float)m.eps);
-        if (s.is_bf16)
-            rope_token(job, (uint16_t*)cache, s.block_stride, s.block_size, s.paired != 0, t);
-        else
-            rope_token(job, (float*)cache, s.block_stride, s.block_size, s.paired != 0, t);
+        rope_token(job, blocks, t);
     });
 }
 
@@ -340,11 +344,11 @@ void layer_phases(Walker& walker, const LayerArgs& layer, int64_t index) {
     const Workspace& w = run.w;
     const int64_t tokens = run.s.tokens, row_chunk = chunk_of(tokens, walker.threads);
     const bool whole = w.inner.rest != nullptr;  // rows are quantised whole, not group by group where they are made
-    void* cache = (char*)run.s.cache + index * run.s.layer_stride * (run.s.is_bf16 ? 2 : 4);
+    const KvBlocks blocks = blocks_of(run.s, layer, index);
     walker.each(tokens, row_chunk, [&](int64_t t) { norm_row(run, layer.input_norm, t, t); });
     product(walker, layer.qkv, w.x, nullptr, tokens, 1, Store<false>{layer.qkv, w.qkv});
-    rotate_and_cache(walker, layer, cache);
-    attention(walker, layer, cache);
+    rotate_and_cache(walker, layer, blocks);
+    attention(walker, layer, blocks);
     if (whole) walker.each(tokens, row_chunk, [&](int64_t t) { quantise(w.mixed + t * m.heads * m.dim, m.heads * m.dim, w.attended, t); });
     product(walker, layer.output, w.attended, nullptr, tokens, 1, Store<true>{layer.output, w.residual});
     walker.each(tokens, row_chunk, [&](int64_t t) { norm_row(run, layer.post_norm, t, t); });
@@ -408,11 +412,12 @@ int64_t tandem_step(const ModelArgs* model, const StepArgs* step) {
     const ModelArgs& m = *model;
     const StepArgs& s = *step;
     const AttentionCall call{nullptr,   nullptr, nullptr,      s.tables,     s.query_starts, s.context_lens, m.heads,
-                             m.kv_heads, m.dim,   s.num_blocks, s.block_size, s.block_stride, s.table_stride, 0, 1.0f, s.paired != 0};
+                             m.kv_heads, m.dim,   s.num_blocks, s.block_size, s.block_stride, s.table_stride, 0, 1.0f, s.paired != 0,
+                             s.format, s.scales, s.scales_block_stride};
     if (const int64_t bad = check_step(m, s, call)) return bad;
     Run run(m, s);
     // One thread for all heads of a sequence, unless that leaves threads without work.
-    const bool together = s.is_bf16 && bf16_attention_fits(m.dim) && m.heads <= GROUP_ROWS && s.sequences >= 2 * s.threads;
+    const bool together = s.format != KV_FLOAT32 && bf16_attention_fits(m.dim) && m.heads <= GROUP_ROWS && s.sequences >= 2 * s.threads;
     list_tasks(call, s.sequences, together, run.tasks);
     if (!run.w.x.rest) {
         clear_padding(run.w.attended, s.tokens, m.heads * m.dim);

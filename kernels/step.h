@@ -12,6 +12,7 @@ struct LayerArgs {
     Matrix qkv, output, gate_up, down;    // gate_up: 16 gate columns, then the 16 up columns that belong to them, and so on
     int64_t window;                       // 0: none
     int64_t fine_down;                    // 1: down's input in 15 bits
+    float key_scale, value_scale;         // what 8-bit keys and values are divided by; 0: each row's own
 };
 
 struct ModelArgs {
@@ -30,7 +31,9 @@ struct StepArgs {
     int64_t tokens, sequences, table_stride;
     void* cache;  // layer 0 of block 0
     int64_t layer_stride, block_stride, num_blocks, block_size;  // strides in elements
-    int64_t is_bf16, paired;
+    int64_t format, paired;  // of the cache: a KvFormat, and its order
+    float* scales;           // of formats that have them: layer 0 of block 0
+    int64_t scales_layer_stride, scales_block_stride;
     const int64_t* rows;                                                  // whose logits are wanted
     int64_t num_rows;
     const uint8_t* greedy;  // [num_rows] or null: 1 where only the largest logit is wanted

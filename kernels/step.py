@@ -18,6 +18,7 @@ import torch
 from kernels import build, check
 from kernels.attention import MAX_GROUP, MAX_HEAD_DIM
 from kernels.int8 import GROUP, Int8Linear, MatrixArgs
+from kernels.kv_codes import FORMATS, FixedScales, check_scales
 from kernels.kv_order import PAIRED, PLAIN, check_order
 from tandem.errors import InternalError
 
@@ -64,6 +65,8 @@ class StepLayer:
     window: int | None
     fine_down: bool
     """True: down's input is taken in 15 bits."""
+    kv_scales: FixedScales | None = None
+    """Used for 8-bit keys and values in place of each row's own; None: a row's own."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class _LayerArgs(ctypes.Structure):
         *((name, MatrixArgs) for name in ("qkv", "output", "gate_up", "down")),
         ("window", ctypes.c_int64),
         ("fine_down", ctypes.c_int64),
+        ("key_scale", ctypes.c_float),
+        ("value_scale", ctypes.c_float),
     )
 
 
@@ -144,8 +149,10 @@ class _StepArgs(ctypes.Structure):
         ("cache", ctypes.c_void_p),
         *(
             (name, ctypes.c_int64)
-            for name in ("layer_stride", "block_stride", "num_blocks", "block_size", "is_bf16", "paired")
+            for name in ("layer_stride", "block_stride", "num_blocks", "block_size", "format", "paired")
         ),
+        ("scales", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("scales_layer_stride", "scales_block_stride")),
         ("rows", ctypes.c_void_p),
         ("num_rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("greedy", "best", "logits")),
@@ -224,18 +231,21 @@ class Step:
         order: str = PLAIN,
         greedy: torch.Tensor | None = None,
         best: torch.Tensor | None = None,
+        cache_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits float32 [R, V] of `rows` int64 [R]; writes the keys and values of all T rows to `cache`.
 
         token_ids, positions, slots int64 [T]; block_tables int32 [S, B]; query_starts int32 [S + 1]; context_lens int32
-        [S]: as `engine.models.meta.ForwardMeta`. cache [blocks, layers, 2, Hkv, block_size, D], float32 or bfloat16, in
-        `order`: paired only where `kernels.kv_order.best_order` says so.
+        [S]: as `engine.models.meta.ForwardMeta`. cache [blocks, layers, 2, Hkv, block_size, D], float32 or bfloat16, or
+        int8 or float8_e4m3fn with `cache_scales` [blocks, layers, 2, Hkv, block_size], in `order`: paired only where
+        `kernels.kv_order.best_order` says so.
         `greedy` uint8 [R], with `best` int64 [R]: rows where it is 1 get no logits, but in `best` the id of the largest
         (the lowest of equals), or -1 when they are not finite; other entries are left alone.
         The result is valid until the next `run`. Raises InternalError when something is out of range; then nothing was
         written.
         """
         check_order(order, cache.dtype, cache.shape[4], cache.shape[5])
+        _check_cache(cache, cache_scales)
         if greedy is not None or best is not None:
             _check_greedy(greedy, best, rows.shape[0])
         logits = self._logits_of(rows.shape[0])
@@ -254,8 +264,11 @@ class Step:
             cache.stride(0),
             cache.shape[0],
             cache.shape[4],
-            cache.dtype is torch.bfloat16,
+            FORMATS[cache.dtype],
             order == PAIRED,
+            None if cache_scales is None else cache_scales.data_ptr(),
+            0 if cache_scales is None else cache_scales.stride(1),
+            0 if cache_scales is None else cache_scales.stride(0),
             rows.data_ptr(),
             rows.shape[0],
             None if greedy is None else greedy.data_ptr(),
@@ -283,6 +296,11 @@ class Step:
         return -(-self._workspace.data_ptr() // 64) * 64
 
 
+def _check_cache(cache: torch.Tensor, scales: torch.Tensor | None) -> None:
+    check.kv_layer(cache[:, 0], cache.shape[3], cache.shape[5])
+    check_scales(cache[:, 0], None if scales is None else scales[:, 0])
+
+
 def _check_greedy(greedy: torch.Tensor | None, best: torch.Tensor | None, rows: int) -> None:
     if greedy is None or best is None:
         raise InternalError("greedy and best go together")
@@ -308,4 +326,5 @@ def _layer_args(layer: StepLayer) -> _LayerArgs:
         layer.down.args(),
         layer.window or 0,
         layer.fine_down,
+        *(layer.kv_scales or (0.0, 0.0)),
     )

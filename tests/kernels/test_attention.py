@@ -5,15 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
 
 from kernels.attention import paged_attention, paged_attention_reference
+from kernels.kv_codes import quantize_rows
 from kernels.kv_order import PAIRED, PLAIN, best_order, to_paired, to_plain
 from tandem.errors import InternalError
 
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+CODES = [torch.int8, torch.float8_e4m3fn]
+DTYPES = [torch.float32, torch.bfloat16, *CODES]
+SHAPES = [(9, 3, 64), (2, 2, 40), (8, 1, 128)]
+"""Heads, KV heads and head_dim."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,16 @@ def make_sequence(length: int, heads: int, kv_heads: int, dim: int, generator: t
 
 def paged(
     sequences: list[Sequence], known: list[int], block_size: int, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scatter the first `known` positions of each sequence over shuffled blocks; all other memory is NaN."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Scatter the first `known` positions of each sequence over shuffled blocks; all other memory is NaN. The layer,
+    block tables, and scales where the cache holds codes.
+    """
     kv_heads, dim = sequences[0].keys.shape[1:]
     needed = [-(-count // block_size) for count in known]
     order = torch.randperm(sum(needed) + 3, generator=generator).int()
-    cache = torch.full((len(order), 2, 2, kv_heads, block_size, dim), torch.nan, dtype=dtype)
+    shape = (len(order), 2, 2, kv_heads, block_size)
+    cache = torch.full((*shape, dim), -128 if dtype is torch.int8 else torch.nan, dtype=dtype)
+    scales = torch.full(shape, torch.nan) if dtype in CODES else None
     tables = torch.full((len(sequences), max([*needed, 1]) + 1), -1, dtype=torch.int32)
     first = 0
     for s, (sequence, count) in enumerate(zip(sequences, known, strict=True)):
@@ -47,9 +57,13 @@ def paged(
         first += needed[s]
         positions = torch.arange(count)
         blocks, offsets = tables[s][positions // block_size].long(), positions % block_size
-        cache[blocks, 1, 0, :, offsets] = sequence.keys[:count].to(dtype)
-        cache[blocks, 1, 1, :, offsets] = sequence.values[:count].to(dtype)
-    return cache[:, 1], tables
+        for part, rows in enumerate((sequence.keys[:count], sequence.values[:count])):
+            if scales is None:
+                cache[blocks, 1, part, :, offsets] = rows.to(dtype)
+                continue
+            codes, scales[blocks, 1, part, :, offsets] = quantize_rows(rows, dtype)
+            cache.view(torch.uint8)[blocks, 1, part, :, offsets] = codes.view(torch.uint8)
+    return cache[:, 1], tables, None if scales is None else scales[:, 1]
 
 
 def attend(
@@ -62,19 +76,21 @@ def attend(
     function: Callable[..., torch.Tensor] = paged_attention,
 ) -> list[torch.Tensor]:
     """Run one step: sequence s has its queries at positions spans[s], and everything before in the cache."""
-    kv_layer, tables = paged(sequences, [end for _, end in spans], block_size, dtype, generator)
+    kv_layer, tables, scales = paged(sequences, [end for _, end in spans], block_size, dtype, generator)
     q = torch.cat([seq.q[begin:end] for seq, (begin, end) in zip(sequences, spans, strict=True)])
     counts = [end - begin for begin, end in spans]
     starts = torch.tensor([0, *counts]).cumsum(0).int()
     contexts = torch.tensor([end for _, end in spans]).int()
     if function is paged_attention_reference:
         q = q.double()  # the reference must not have rounding errors of its own, which differ from CPU to CPU
-    out = function(q, kv_layer, tables, starts, contexts, q.shape[2] ** -0.5, window)
+    out = function(q, kv_layer, tables, starts, contexts, q.shape[2] ** -0.5, window, kv_scales=scales)
     return list(out.float().split(counts))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 1, 50, 64])
+@pytest.mark.parametrize(
+    ("dtype", "window"),
+    [*product(DTYPES[:2], [None, 1, 50, 64]), *zip(CODES * 2, [None, 50, 64, 1], strict=True)],
+)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_size"),
     [(9, 3, 64, 16), (4, 4, 40, 7), (8, 1, 128, 1), (2, 1, 256, 32), (6, 2, 8, 64), (3, 1, 96, 100)],
@@ -109,9 +125,14 @@ def test_empty_batches(implementation: str) -> None:
     assert paged_attention(empty, cache, torch.zeros((1, 3), dtype=torch.int32), two, zero, 1.0).shape == (0, 2, 8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (2, 2, 40), (8, 1, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "window", "heads", "kv_heads", "dim"),
+    [
+        *((*case, *shape) for case, shape in product(product(DTYPES[:2], [None, 70]), SHAPES)),
+        (torch.int8, 70, *SHAPES[0]),
+        (torch.float8_e4m3fn, None, *SHAPES[1]),
+    ],
+)
 def test_bits_are_free_of_chunks_and_block_size(
     cpp: None,
     threads: int,
@@ -155,20 +176,25 @@ def test_bits_are_free_of_the_batch(
         assert all(same_bits(a, b) for a, b in zip(together, alone[picked], strict=True)), size
 
 
-def test_a_row_never_reads_what_it_must_not_see(cpp: None, generator: torch.Generator, same_bits: SameBits) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, *CODES])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_row_never_reads_what_it_must_not_see(
+    cpp: None, dtype: torch.dtype, rounded: bool, generator: torch.Generator, same_bits: SameBits
+) -> None:
     """Later keys and values of its own chunk that are not finite leave a row's bits alone."""
+    function = functools.partial(paged_attention, rounded=rounded)
     sequence = make_sequence(100, 6, 2, 64, generator)
-    expected = attend([sequence], [(0, 100)], 16, torch.float32, None, generator)[0]
+    expected = attend([sequence], [(0, 100)], 16, dtype, None, generator, function)[0]
     sequence.keys[57:] = torch.nan
     sequence.values[57:] = torch.inf
-    actual = attend([sequence], [(0, 100)], 16, torch.float32, None, generator)[0]
+    actual = attend([sequence], [(0, 100)], 16, dtype, None, generator, function)[0]
     assert same_bits(actual[:57], expected[:57])
     assert bool(actual[57:].isnan().all())
 
 
 def test_blocks_before_the_window_are_not_needed(implementation: str, generator: torch.Generator) -> None:
     sequence = make_sequence(100, 2, 1, 8, generator)
-    kv_layer, tables = paged([sequence], [100], 10, torch.float32, generator)
+    kv_layer, tables, _ = paged([sequence], [100], 10, torch.float32, generator)
     starts, contexts = torch.tensor([0, 1]).int(), torch.tensor([100]).int()
     expected = paged_attention(sequence.q[99:], kv_layer, tables, starts, contexts, 0.3, 25)
     tables[0, :7] = -1
@@ -239,6 +265,7 @@ def rounded_beside(
     block_size: int,
     window: int | None,
     generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Rounded attention and `other` over the same cache, by sequence; `shape` is heads, KV heads and head_dim."""
     spans = [(0, 1), (63, 64), (0, 130), (37, 37), (99, 165), (150, 151)]
@@ -248,21 +275,23 @@ def rounded_beside(
     results = []
     for function in (rounded, other):
         generator.set_state(state)
-        results.append(attend(sequences, spans, block_size, torch.bfloat16, window, generator, function))
+        results.append(attend(sequences, spans, block_size, dtype, window, generator, function))
     return list(zip(*results, strict=True))
 
 
-def in_paired_order(q: torch.Tensor, kv_layer: torch.Tensor, *rest: object) -> torch.Tensor:
+def in_paired_order(q: torch.Tensor, kv_layer: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
     """`paged_attention` over the same cache in paired order."""
-    return paged_attention(q, to_paired(kv_layer), *rest, rounded=True, order=PAIRED)  # type: ignore[arg-type]
+    return paged_attention(q, to_paired(kv_layer), *rest, rounded=True, order=PAIRED, **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_size"), [(9, 3, 64, 16), (8, 1, 128, 48), (2, 1, 256, 32), (3, 1, 96, 64)]
 )
 def test_paired_order_changes_no_bit(
     cpp: None,
+    dtype: torch.dtype,
     window: int | None,
     heads: int,
     kv_heads: int,
@@ -272,9 +301,9 @@ def test_paired_order_changes_no_bit(
     same_bits: SameBits,
 ) -> None:
     """Whatever lies in the slots that nobody sees (NaN here)."""
-    if best_order(torch.bfloat16, block_size, dim) != PAIRED:
+    if best_order(dtype, block_size, dim) != PAIRED:
         pytest.skip("this CPU doesn't multiply pairs of bfloat16")
-    pairs = rounded_beside(in_paired_order, (heads, kv_heads, dim), block_size, window, generator)
+    pairs = rounded_beside(in_paired_order, (heads, kv_heads, dim), block_size, window, generator, dtype)
     assert all(same_bits(rounded, other) for rounded, other in pairs)
 
 
@@ -298,13 +327,16 @@ def test_paired_order_and_back(generator: torch.Generator) -> None:
     assert torch.equal(values[3, :, 1], plain[1, 0, 1, 4, 7])
 
 
-@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(
+    ("dtype", "window"), [*product([torch.bfloat16], [None, 1, 50]), *zip(CODES, [50, None], strict=True)]
+)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_size"),
     [(9, 3, 64, 16), (8, 1, 128, 1), (2, 1, 256, 32), (6, 2, 96, 7), (4, 4, 32, 100), (3, 1, 40, 16)],
 )
 def test_rounded_is_near(
     implementation: str,
+    dtype: torch.dtype,
     window: int | None,
     heads: int,
     kv_heads: int,
@@ -313,35 +345,38 @@ def test_rounded_is_near(
     generator: torch.Generator,
 ) -> None:
     """Queries and weights in bf16: 8 bits, and a mean of values."""
-    pairs = rounded_beside(paged_attention_reference, (heads, kv_heads, dim), block_size, window, generator)
+    reference = paged_attention_reference
+    pairs = rounded_beside(reference, (heads, kv_heads, dim), block_size, window, generator, dtype)
     for rounded, other in pairs:
         torch.testing.assert_close(rounded, other, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_rounded_bits_are_free_of_the_batch_and_of_chunks(
-    cpp: None, generator: torch.Generator, same_bits: SameBits
+    cpp: None, dtype: torch.dtype, generator: torch.Generator, same_bits: SameBits
 ) -> None:
     sequences = [make_sequence(150, 9, 3, 64, generator) for _ in range(3)]
     rounded = functools.partial(paged_attention, rounded=True)
-    (whole,) = attend(sequences[:1], [(0, 150)], 16, torch.bfloat16, None, generator, rounded)
+    (whole,) = attend(sequences[:1], [(0, 150)], 16, dtype, None, generator, rounded)
     for block_size, chunk in ((16, 1), (7, 64), (64, 33)):
         for begin in range(0, 150, chunk):
             span = (begin, min(150, begin + chunk))
             spans = [span, (149, 150), (3, 90)]
-            part = attend(sequences, spans, block_size, torch.bfloat16, None, generator, rounded)[0]
+            part = attend(sequences, spans, block_size, dtype, None, generator, rounded)[0]
             assert same_bits(part, whole[slice(*span)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("window", [None, 5])
 def test_rounded_rows_never_take_what_they_must_not_see(
-    cpp: None, window: int | None, generator: torch.Generator, same_bits: SameBits
+    cpp: None, dtype: torch.dtype, window: int | None, generator: torch.Generator, same_bits: SameBits
 ) -> None:
     """Values go in pairs of positions: the half of a pair that is hidden from a row may be anything."""
     rounded = functools.partial(paged_attention, rounded=True)
     sequence = make_sequence(40, 4, 2, 96, generator)
 
     def run(begin: int, end: int) -> torch.Tensor:
-        return attend([sequence], [(begin, end)], 16, torch.bfloat16, window, generator, rounded)[0]
+        return attend([sequence], [(begin, end)], 16, dtype, window, generator, rounded)[0]
 
     for bad in (20, 21):
         expected = run(0, bad)
@@ -352,3 +387,31 @@ def test_rounded_rows_never_take_what_they_must_not_see(
             assert same_bits(together[bad + window :], run(bad + window, 40))
             assert bool(together[bad + window :].isfinite().all())
         sequence.values[bad] = 1.0
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("dtype", CODES)
+def test_every_code_is_worth_what_torch_says(
+    implementation: str, dtype: torch.dtype, rounded: bool, generator: torch.Generator
+) -> None:
+    """Of one position the output is its value: every number that 8 bits hold, in 64 dims of 4 heads."""
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    every = torch.where(every.float().isnan(), torch.zeros(()), every.float()).to(dtype)
+    layer = torch.stack([every, every]).view(1, 2, 4, 1, 64)
+    scales = torch.full((1, 2, 4, 1), 0.5)
+    one, tables = torch.ones(1, dtype=torch.int32), torch.zeros((1, 1), dtype=torch.int32)
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    q = torch.randn(1, 4, 64, generator=generator)
+    out = paged_attention(q, layer, tables, starts, one, 0.1, kv_scales=scales, rounded=rounded)
+    assert torch.equal(out.flatten(), every.float() * 0.5)
+
+
+def test_scales_that_do_not_fit_are_named(implementation: str) -> None:
+    layer, one = torch.zeros(1, 2, 1, 16, 32, dtype=torch.int8), torch.ones(1, dtype=torch.int32)
+    step = (torch.zeros(1, 1, 32), layer, one[None] - 1, torch.tensor([0, 1]).int(), one, 1.0)
+    strided = torch.ones(1, 2, 1, 32)[..., ::2]
+    for scales in (None, torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 16).double(), strided):
+        with pytest.raises(InternalError, match="kv_scales of a cache"):
+            paged_attention(*step, kv_scales=scales)
+    with pytest.raises(InternalError, match="no scales"):
+        paged_attention(step[0], layer.float(), *step[2:], kv_scales=torch.ones(1, 2, 1, 16))

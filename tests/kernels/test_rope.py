@@ -50,6 +50,38 @@ def test_matches_torch_bit_for_bit(
     assert torch.equal(cache, expected_cache)
 
 
+@pytest.mark.parametrize("fixed", [None, (0.02, 0.001)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("kv_heads", "dim", "block_size"), [(3, 64, 16), (2, 40, 7), (1, 256, 1)])
+def test_codes_and_scales_are_torchs_to_the_bit(
+    implementation: str,
+    dtype: torch.dtype,
+    fixed: tuple[float, float] | None,
+    kv_heads: int,
+    dim: int,
+    block_size: int,
+    generator: torch.Generator,
+    same_bits: SameBits,
+) -> None:
+    """Also of rows that are zero, tiny, huge or no numbers."""
+    tokens, (cos, sin) = 40, tables(dim // 2)
+    blocks = -(-tokens // block_size) + 1
+    shape = (blocks, 2, 2, kv_heads, block_size)
+    qkv = torch.randn(tokens, 3 * kv_heads * dim, generator=generator)
+    qkv *= torch.tensor([1.0, 0.0, 1e-38, 3e-42, 1e30, 1e-6, 400.0, 1.0]).repeat(5)[:, None]
+    qkv[7, -1], qkv[15, dim * kv_heads], qkv[23, -dim] = torch.nan, torch.inf, -torch.inf
+    slots = torch.randperm(blocks * block_size, generator=generator)[:tokens]
+    step = (qkv, torch.arange(tokens), slots, cos, sin)
+    caches = [torch.zeros(*shape, dim, dtype=dtype) for _ in range(2)]
+    scales = [torch.zeros(shape) for _ in range(2)]
+    rope_and_store(*step, caches[0][:, 1], kv_heads, kv_heads, kv_scales=scales[0][:, 1], fixed_scales=fixed)
+    rope_and_store_reference(*step, caches[1][:, 1], kv_heads, False, scales[1][:, 1], fixed)
+    assert torch.equal(caches[0].view(torch.uint8), caches[1].view(torch.uint8))
+    assert same_bits(scales[0].nan_to_num(7.0), scales[1].nan_to_num(7.0))
+    assert int(scales[0].isnan().sum()) == 3
+    assert not scales[0][:, 0].any()
+
+
 def test_bf16_rounds_as_torch(cpp: None) -> None:
     values = torch.tensor([1.00390625, 1.01171875, 3.4e38, -3.4e38, 1e-40, torch.inf, -torch.inf, torch.nan])
     cache = torch.zeros(1, 1, 2, 1, 1, 8, dtype=torch.bfloat16)

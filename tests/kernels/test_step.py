@@ -11,6 +11,7 @@ import torch
 from kernels.activation import silu_mul
 from kernels.attention import paged_attention
 from kernels.int8 import int8_linear, int8_rows, pack_int8, quantize_weight
+from kernels.kv_codes import is_quantized
 from kernels.kv_order import PAIRED, PLAIN, best_order, to_paired
 from kernels.norm import rms_norm, rms_norm_heads
 from kernels.rope import rope_and_store
@@ -65,6 +66,7 @@ def make(shape: StepShape, generator: torch.Generator, *, bias: bool, qk_norm: b
                 down=linear(shape.hidden, shape.inner)[0],
                 window=window,
                 fine_down=index == 0,
+                kv_scales=(0.05, 0.03) if index else None,
             )
         )
     angles = torch.arange(POSITIONS)[:, None] * torch.rand(shape.head_dim // 2, generator=generator)
@@ -110,11 +112,24 @@ def run(
     order: str = PLAIN,
     greedy: torch.Tensor | None = None,
     best: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return step.run(i.ids, i.positions, i.slots, i.tables, i.starts, i.contexts, cache, i.rows, order, greedy, best)
+    where = (i.positions, i.slots, i.tables, i.starts, i.contexts)
+    return step.run(i.ids, *where, cache, i.rows, order, greedy, best, scales)
 
 
-def one_by_one(model: Tiny, i: Inputs, cache: torch.Tensor) -> torch.Tensor:
+def make_caches(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Two caches of zeros, with their scales where the dtype is one of codes."""
+    quantized = is_quantized(dtype)
+    caches = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
+    return caches, [torch.zeros(shape[:-1]) if quantized else None for _ in range(2)]
+
+
+def as_bytes(cache: torch.Tensor) -> torch.Tensor:
+    return cache.contiguous().view(torch.uint8)
+
+
+def one_by_one(model: Tiny, i: Inputs, cache: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
     shape = model.shape
     residual = int8_rows(model.head.packed, i.ids) if model.table is None else model.table[i.ids].float()
 
@@ -128,7 +143,7 @@ def one_by_one(model: Tiny, i: Inputs, cache: torch.Tensor) -> torch.Tensor:
             query, key = heads[:, : shape.heads], heads[:, shape.heads : shape.heads + shape.kv_heads]
             rms_norm_heads(query, layer.query_norm, EPS, out=query)
             rms_norm_heads(key, layer.key_norm, EPS, out=key)
-        kv = cache[:, index]
+        kv, kv_scales = cache[:, index], None if scales is None else scales[:, index]
         q = rope_and_store(
             qkv,
             i.positions,
@@ -139,15 +154,18 @@ def one_by_one(model: Tiny, i: Inputs, cache: torch.Tensor) -> torch.Tensor:
             shape.heads,
             shape.kv_heads,
             interleaved=shape.interleaved_rope,
+            kv_scales=kv_scales,
+            fixed_scales=layer.kv_scales,
         )
-        mixed = paged_attention(q, kv, i.tables, i.starts, i.contexts, shape.head_dim**-0.5, layer.window, rounded=True)
+        where = (i.tables, i.starts, i.contexts, shape.head_dim**-0.5, layer.window)
+        mixed = paged_attention(q, kv, *where, kv_scales=kv_scales, rounded=True)
         residual = residual + product(mixed.view(len(qkv), -1), layer.output)
         gate_up = product(rms_norm(residual, layer.post_norm, EPS), model.gate_up[index])
         residual = residual + product(silu_mul(gate_up), layer.down, fine=layer.fine_down)
     return product(rms_norm(residual[i.rows].contiguous(), model.norm, EPS), model.head)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "bias", "qk_norm", "window", "interleaved"),
     [
@@ -175,19 +193,23 @@ def test_has_the_bits_of_the_operations_one_by_one(
     model = make(shape, generator, bias=bias, qk_norm=qk_norm, window=window)
     step = model.step()
     tokens = torch.randint(0, 101, (4, 64), generator=generator)
-    caches = [torch.zeros(BLOCKS, 2, 2, kv_heads, BLOCK_SIZE, dim, dtype=dtype) for _ in range(2)]
+    caches, scales = make_caches((BLOCKS, 2, 2, kv_heads, BLOCK_SIZE, dim), dtype)
     for spans in ([(0, 1), (0, 33), (0, 5)], [(1, 2), (33, 34), (5, 21)], [(2, 3), (34, 35), (21, 22)]):
         batch = inputs(spans, tokens, [2, 0, 3])
-        assert same_bits(run(step, batch, caches[0]), one_by_one(model, batch, caches[1]))
-        assert torch.equal(caches[0], caches[1])
+        fused = run(step, batch, caches[0], scales=scales[0])
+        assert same_bits(fused, one_by_one(model, batch, caches[1], scales[1]))
+        assert torch.equal(as_bytes(caches[0]), as_bytes(caches[1]))
+        assert scales[0] is None or torch.equal(scales[0], scales[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "block_size"),
     [(9, 3, 64, None, 16), (4, 4, 32, 7, 32), (2, 1, 96, 1, 16), (8, 1, 128, 40, 48)],
 )
 def test_a_cache_in_paired_order_gives_the_same_bits(
     cpp: None,
+    dtype: torch.dtype,
     threads: int,
     heads: int,
     kv_heads: int,
@@ -197,17 +219,19 @@ def test_a_cache_in_paired_order_gives_the_same_bits(
     generator: torch.Generator,
     same_bits: SameBits,
 ) -> None:
-    if best_order(torch.bfloat16, block_size, dim) != PAIRED:
+    if best_order(dtype, block_size, dim) != PAIRED:
         pytest.skip("this CPU doesn't multiply pairs of bfloat16")
     shape = StepShape(96, 160, heads, kv_heads, dim, 101, EPS, False)
     step = make(shape, generator, bias=False, qk_norm=False, window=window).step()
     tokens = torch.randint(0, 101, (4, 128), generator=generator)
-    caches = [torch.zeros(BLOCKS, 2, 2, kv_heads, block_size, dim, dtype=torch.bfloat16) for _ in range(2)]
+    caches, scales = make_caches((BLOCKS, 2, 2, kv_heads, block_size, dim), dtype)
     decoding = [(90, 91), (34, 35), (21, 22)]
     for spans in ([(0, 1), (0, 33), (0, 5)], [(1, 90), (33, 34), (5, 21)], decoding * 2):
         batch = inputs(spans, tokens, [2, 0, 3] * (len(spans) // 3), block_size)
-        assert same_bits(run(step, batch, caches[0]), run(step, batch, caches[1], PAIRED))
-        assert torch.equal(to_paired(caches[0]), caches[1])
+        plain = run(step, batch, caches[0], scales=scales[0]).clone()
+        assert same_bits(plain, run(step, batch, caches[1], PAIRED, scales=scales[1]))
+        assert torch.equal(as_bytes(to_paired(caches[0])), as_bytes(caches[1]))
+        assert scales[0] is None or torch.equal(scales[0], scales[1])
 
 
 @pytest.mark.parametrize("vocabulary", [101, 512])
