@@ -9,6 +9,8 @@ What a cluster would give, and what stands for it here:
 | `python` of the image | the Python that runs the tests |
 | a mounted folder | a temporary folder, by its path in args and env |
 | a Secret | files and texts that the test gives |
+| a service account's token, where one is mounted | a folder that the gateway is told of by one more flag |
+| the API server | one that speaks its protocol of EndpointSlices (`api_server.py`) |
 | the kubelet | this file: probes, preStop, SIGTERM, grace |
 
 With TANDEM_IMAGE set they are containers of that image, run by podman (PODMAN: its command with flags) as the rendered
@@ -34,6 +36,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[3]
+ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+KEPT = ("PATH", "LANG", "PYTHONDONTWRITEBYTECODE")
 IMAGE = os.environ.get("TANDEM_IMAGE", "")
 PODMAN = shlex.split(os.environ.get("PODMAN", "podman"))
 
@@ -51,6 +55,10 @@ class Pod:
     """Contents by Secret and key."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Addresses by the DNS names of Services."""
+    account: Path | None = None
+    """What the kubelet mounts where `automountServiceAccountToken` says so."""
+    given: Mapping[str, str] = field(default_factory=dict)
+    """Environment that the kubelet gives."""
     process: subprocess.Popen[str] | None = None
 
     @property
@@ -99,7 +107,14 @@ class Pod:
         """What is started."""
         words = [*self.container["command"], *map(self.here, self.container.get("args", ()))]
         assert words[0] == "python"
-        return [*self._run(), *words] if IMAGE else [sys.executable, *words[1:]]
+        if IMAGE:
+            return [*self._run(), *words]
+        told = [f"--kubernetes-credentials={self.account}"] if self._has_token else []
+        return [sys.executable, *words[1:], *told]
+
+    @property
+    def _has_token(self) -> bool:
+        return bool(self.spec["automountServiceAccountToken"] and self.account)
 
     def _run(self) -> list[str]:
         """`podman run` up to the image, as the container's and the pod's security contexts say."""
@@ -110,7 +125,8 @@ class Pod:
         flags = ["--rm", "--name", self.name, "--network", "host", "--read-only", "--read-only-tmpfs=false"]
         flags += ["--cap-drop", "all", "--security-opt", "no-new-privileges"]
         flags += ["--user", f"{user['runAsUser']}:{user['runAsGroup']}", "--tmpfs", "/tmp"]
-        for path, folder in self.mounts().items():
+        token = {ACCOUNT: self.account} if self._has_token else {}
+        for path, folder in {**self.mounts(), **token}.items():
             shutil.chown(folder, user["runAsUser"], user["fsGroup"])
             for file in folder.rglob("*"):
                 shutil.chown(file, user["runAsUser"], user["fsGroup"])
@@ -123,7 +139,9 @@ class Pod:
 
     def environment(self) -> dict[str, str]:
         """The container's, and of this machine's only what processes can't be without."""
-        kept = {} if IMAGE else {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        kept = dict(self.given)
+        if not IMAGE:
+            kept |= {name: os.environ[name] for name in KEPT if name in os.environ}
         for variable in self.container["env"]:
             if "value" in variable:
                 kept[variable["name"]] = self.here(variable["value"])
@@ -134,11 +152,20 @@ class Pod:
 
     def start(self) -> None:
         """Runs the container's command; its output goes to a file of its folder."""
-        environment = None if IMAGE else self.environment()
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(
-                self.command(), env=environment, cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                self.command(), env=self._around(), cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
+
+    def run(self) -> subprocess.CompletedProcess[str]:
+        """Runs the container's command to its end, as a pod that isn't started again."""
+        return subprocess.run(
+            self.command(), env=self._around(), cwd=self.folder, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def _around(self) -> dict[str, str] | None:
+        """Podman hands the container's environment over itself."""
+        return None if IMAGE else self.environment()
 
     def log(self) -> str:
         """What it wrote."""

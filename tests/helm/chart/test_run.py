@@ -9,7 +9,6 @@ import hashlib
 import random
 import re
 import shutil
-import subprocess
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from api_server import ApiServer
 from certificates import Authority
 from chart_files import dashboard_expressions, matches, selectors
 from chart_tools import NAMESPACE, RELEASE, named, objects, of_kind, rendered
@@ -55,6 +55,7 @@ MTLS = {
         "testSecret": "client-tls",
     },
     "apiKeys": {"secretName": "keys", "testSecret": {"name": "test-key"}},
+    "gateway": {**SMALL["gateway"], "discovery": "endpointslices"},
 }
 PROMPT = "One Monday morning a tale began of a fox, a crow and a piece of cheese, and it went on for very long: " * 2
 
@@ -67,6 +68,13 @@ class Cluster:
     pods: dict[str, Pod]
     test: Pod
     client: dict[str, Any] = field(default_factory=dict)
+    api: ApiServer | None = None
+
+    def publish(self) -> None:
+        """Each worker's readiness is in its Service's EndpointSlice now; DNS needs nobody to say so here."""
+        for role in ("prefill", "decode"):
+            if self.api is not None:
+                self.api.publish(self[role].name, self[role].address, ready=self[role].probe("readinessProbe"))
 
     def connect(self) -> Client:
         """A client of the gateway's Service."""
@@ -111,29 +119,37 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     values = folder / "values.yaml"
     values.write_text(yaml.safe_dump({**SMALL, **(MTLS if request.param == "mtls" else {})}))
     documents = objects(rendered(values))
-    secrets, client = _secrets(folder / "pki") if request.param == "mtls" else ({}, {})
+    secure = request.param == "mtls"
+    secrets, client = _secrets(folder / "pki") if secure else ({}, {})
     pods, test = _pods(documents, folder, secrets)
-    made = Cluster(documents, pods, test, client)
+    made = Cluster(documents, pods, test, client, ApiServer(folder) if secure else None)
     try:
-        for role, pod in pods.items():
-            if role != "gateway":  # the cache volume of a pod that has run here before: its kernels are compiled
-                shutil.copytree(cache_dir(), pod.mounts()["/cache"] / "tandem" / "kernels")
-            pod.start()
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            for pod in pods.values():
-                pod.await_probe(probe)
+        _start(made)
         yield made
     finally:
         for pod in pods.values():
             pod.kill()
+        if made.api is not None:
+            made.api.close()
+
+
+def _start(cluster: Cluster) -> None:
+    for role, pod in cluster.pods.items():
+        if cluster.api is not None:
+            pod.account, pod.given = cluster.api.account, cluster.api.environment
+        if role != "gateway":  # the cache volume of a pod that has run here before: its kernels are compiled
+            shutil.copytree(cache_dir(), pod.mounts()["/cache"] / "tandem" / "kernels")
+        pod.start()
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        for role, pod in cluster.pods.items():
+            if role == "gateway":
+                cluster.publish()
+            pod.await_probe(probe)
 
 
 def test_the_test_pod_gets_an_answer(cluster: Cluster) -> None:
     """The command of `helm test`, as it is rendered."""
-    pod = cluster.test
-    done = subprocess.run(
-        pod.command(), env=pod.environment(), cwd=pod.folder, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = cluster.test.run()
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
 
@@ -256,6 +272,7 @@ def test_a_pod_that_ends_finishes_what_it_runs(cluster: Cluster) -> None:
         tokens = len(next(event for event in events if isinstance(event, Delta)).token_ids)
         decode.terminate()
         decode.until(lambda: not decode.probe("readinessProbe"))
+        cluster.publish()
         assert decode.probe("livenessProbe"), "it still has the stream"
         rest = list(events)
     tokens += sum(len(event.token_ids) for event in rest if isinstance(event, Delta))
