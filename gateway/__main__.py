@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gateway.breaker import Ejecting
 from gateway.config import GatewayConfig, Limits, Patience
 from gateway.discovery.flags import add_discovery_flags, source_of
 from gateway.wiring import Bindings, Gateway
@@ -77,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
         default=config.patience.max_deaths,
         help="a request aboard so many workers that died is taken for the cause and fails",
     )
+    add(
+        "--eject-after",
+        type=_not_negative,
+        default=config.patience.ejecting.after,
+        help="a worker at which so many requests in a row failed gets nothing new for a while; 0: never",
+    )
     add_tls_flags(flags)
     add(
         "--tls-client-auth",
@@ -122,6 +129,7 @@ async def _main(flags: argparse.Namespace) -> int:
             default_timeout=flags.default_timeout,
             max_migrations=flags.max_migrations,
             max_deaths=flags.max_deaths,
+            ejecting=replace(Ejecting(), after=flags.eject_after),
         ),
     )
     gateway = Gateway(_bindings(flags), config)

@@ -110,6 +110,7 @@ class Attempt:
             while not over:
                 call, message = await self._next()
                 over = await self._handle(call, message)
+            self._decode.worker.served()
         finally:
             self._decode.close()
             if self._prefill is not None:
@@ -280,6 +281,9 @@ class Attempt:
         """D owns the sequence; what becomes of the prefill worker matters no more."""
         if not self._committed:
             self._committed = True
+            self._decode.worker.settled()
+            if self._prefill is not None:
+                self._prefill.worker.served()
             self._ticket.give_prefill()
 
     async def _prefill_ended(self, ended: Ended) -> None:
@@ -306,8 +310,10 @@ class Attempt:
             worker.draining = True
         elif isinstance(error, OverloadedError):
             worker.refused(asyncio.get_running_loop().time() + self._patience.refused_pause)
-        elif isinstance(error, UnavailableError) or ended.died:
-            worker.failed()
+        elif isinstance(error, (UnavailableError, InternalError)) or ended.died:
+            worker.fault(str(error), died=ended.died)
+            if ended.died or not isinstance(error, InternalError):
+                worker.failed()
         if ended.died and heard:
             self._prefill_died(worker)
 

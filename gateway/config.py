@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gateway.breaker import Ejecting
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -38,6 +40,7 @@ class Patience:
     max_migrations: int = 3
     max_deaths: int = 2
     """A request aboard this many workers that died fails."""
+    ejecting: Ejecting = field(default_factory=Ejecting)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ class Dispatcher:
         """Requests in the queue."""
         return len(self._heap)
 
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens of those requests."""
+        return self._queued_tokens
+
     async def acquire(self, need: Need, *, priority: int, arrival: float, again: bool = False) -> Ticket:
         """Waits for a pair with credit. `again`: it had one before, and no bound of the queue sends it away now.
 

@@ -92,7 +92,7 @@ class Pairing:
         cost = _decode_cost(decode) + missing / TRANSFER_TOKENS_PER_SECOND
         fitting = self._fitting(decode, need)
         if not fitting or missing <= self._config.local_prefill_threshold:
-            return cost + missing / _rate(decode), Pair(decode, None)
+            return cost + missing / rate_of(decode), Pair(decode, None)
         prefill = self.prefill_for(decode, need, now)
         if prefill is None:
             return None
@@ -133,13 +133,14 @@ def _fits(worker: Worker, need: Need) -> bool:
     )
 
 
-def _rate(worker: Worker) -> float:
+def rate_of(worker: Worker) -> float:
+    """Prompt tokens a second, as measured or as good as any."""
     return worker.load.prefill_tokens_per_second or DEFAULT_TOKENS_PER_SECOND
 
 
 def _prefill_cost(worker: Worker, need: Need) -> float:
     missing = max(1, need.tokens - worker.memory.expected(need.prefix))
-    return (worker.load.queued_prefill_tokens + worker.pending_tokens + missing) / _rate(worker)
+    return (worker.load.queued_prefill_tokens + worker.pending_tokens + missing) / rate_of(worker)
 
 
 def _decode_cost(worker: Worker) -> float:

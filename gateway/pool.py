@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from gateway.breaker import Ejecting
 from gateway.discovery.source import Addresses
 from gateway.fit import mismatch
 from gateway.workers import Worker
@@ -20,8 +21,12 @@ _log = get_logger(__name__)
 class WorkerPool:
     """All workers that are listed. `changed` callbacks run after every change of any of them."""
 
-    def __init__(self, *, silence: float = 3.0, tls: Tls | None = None) -> None:
+    def __init__(self, *, silence: float = 3.0, tls: Tls | None = None, ejecting: Ejecting | None = None) -> None:
         """`silence`: seconds without a load report after which a worker counts as lost. `tls`: how to call them."""
+        self._ejecting = ejecting or Ejecting()
+        self.ejections = {"prefill": 0, "decode": 0}
+        self._spared: set[str] = set()
+        """Incarnations that were not ejected, as far as that was logged."""
         self._silence, self._tls = silence, tls
         self._workers: dict[tuple[str, str], Worker] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -63,7 +68,15 @@ class WorkerPool:
             worker.connected = False
             self._retire(worker)
         for role, address in wanted - self._workers.keys():
-            worker = Worker(role, address, self._notify, silence=self._silence, tls=self._tls)
+            worker = Worker(
+                role,
+                address,
+                self._notify,
+                silence=self._silence,
+                tls=self._tls,
+                ejecting=self._ejecting,
+                may_eject=self._may_eject,
+            )
             self._workers[role, address] = worker
             self._tasks[role, address] = asyncio.create_task(worker.watch(), name=f"watch {role} {address}")
         self._notify()
@@ -97,7 +110,43 @@ class WorkerPool:
             _log.error("workers can't be paired", problem=text)
         return text
 
+    def _kind(self, worker: Worker) -> list[Worker]:
+        """It and those that could do its work, dead or draining ones left out."""
+        peers = self.prefill if worker.role == "prefill" else self.decode
+        same = (worker.info.model_id, worker.info.numerics_id)
+        up = [peer for peer in peers if peer.connected and not peer.draining]
+        return [peer for peer in up if (peer.info.model_id, peer.info.numerics_id) == same]
+
+    def _may_eject(self, worker: Worker) -> bool:
+        """At most half of those that can do the same work, so never the last: that is said instead."""
+        if self._workers.get((worker.role, worker.address)) is not worker:
+            return False  # it has left
+        kind = self._kind(worker)
+        ejected = sum(not peer.breaker.closed for peer in kind if peer is not worker)
+        if 2 * (ejected + 1) <= len(kind):
+            self.ejections[worker.role] += 1
+            return True
+        if worker.info.incarnation not in self._spared:
+            self._spared.add(worker.info.incarnation)
+            _log.error(
+                "worker fails request after request, but too few others could do its work: it is kept",
+                worker_role=worker.role,
+                address=worker.address,
+                others=len(kind) - ejected - 1,
+            )
+        return False
+
+    def _take_back(self) -> None:
+        """Where others have gone meanwhile, workers that fail are better than none."""
+        for worker in self._workers.values():
+            kind = [] if worker.breaker.closed else self._kind(worker)
+            if kind and all(not peer.breaker.closed for peer in kind):
+                _log.error("ejected workers are taken back: no other is left", worker_role=worker.role)
+                for peer in kind:
+                    peer.breaker.take_back()
+
     def _notify(self) -> None:
+        self._take_back()
         for listener in self._listeners:
             listener()
 

@@ -218,6 +218,8 @@ class RequestRun:
         if self._outputs.done:
             return
         self.counted.migrations += int(lost.heard)
+        if lost.ended.died or isinstance(error, (InternalError, UnavailableError)):
+            worker.fault(str(error), died=lost.ended.died)
         if isinstance(error, InternalError) and not lost.ended.died:
             if not self._services.pairing.candidates(self._need):
                 raise error

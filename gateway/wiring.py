@@ -20,6 +20,7 @@ from gateway.dispatch import Dispatcher
 from gateway.http import HttpServer
 from gateway.pairing import Pairing
 from gateway.pool import WorkerPool
+from gateway.pool_metrics import PoolMetrics
 from gateway.request import Services
 from gateway.servicer import InferenceServicer
 from gateway.text import TextService
@@ -62,11 +63,12 @@ class Gateway:
         self._bindings = bindings
         self.text = text or TextService.load(resolve_model(bindings.model, weights=False))
         tls = Tls(bindings.tls, ROLE_NAMES["gateway"]) if bindings.tls is not None else None
-        self.pool = WorkerPool(silence=config.patience.heartbeat_timeout, tls=tls)
+        self.pool = WorkerPool(silence=config.patience.heartbeat_timeout, tls=tls, ejecting=config.patience.ejecting)
         self._source = bindings.source or ListedWorkers(bindings.prefill, bindings.decode)
         self.metrics = Metrics("gateway")
         pairing = Pairing(self.pool, config)
         dispatcher = Dispatcher(self.pool, pairing, config)
+        self.metrics.registry.register(PoolMetrics(self.pool, dispatcher))
         services = Services(config, dispatcher, pairing, self.text.tokenizer, self.metrics)
         self.access = Access(bindings.api_keys, certificates=bindings.client_certificates)
         catalog = Catalog(self.pool, self.text.tokenizer)

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 
 from gateway.affinity import Prefix, PrefixMemory
+from gateway.breaker import Breaker, Ejecting
 from gateway.feed import TokenFeed
 from gateway.fit import traits_of
 from tandem.service.channel import open_service_channel
@@ -38,12 +39,27 @@ class Worker:
     """One worker process behind one address."""
 
     def __init__(
-        self, role: str, address: str, changed: Callable[[], None], *, silence: float = 3.0, tls: Tls | None = None
+        self,
+        role: str,
+        address: str,
+        changed: Callable[[], None],
+        *,
+        silence: float = 3.0,
+        tls: Tls | None = None,
+        ejecting: Ejecting | None = None,
+        may_eject: Callable[[Worker], bool] = lambda _: False,
     ) -> None:
-        """`role` is prefill or decode; `changed` is called after every change; `silence` in seconds."""
+        """`role` is prefill or decode; `changed` is called after every change; `silence` in seconds; `may_eject` is
+        asked before a worker that failed again and again gets nothing new for a while.
+        """
         self.role, self.address = role, address
         self._changed, self._silence = changed, silence
         self._tls = tls
+        self.breaker = Breaker(ejecting or Ejecting(), lambda: asyncio.get_running_loop().time())
+        self._may_eject = may_eject
+        self._wake: asyncio.TimerHandle | None = None
+        self.failures = 0
+        """Requests that failed there, by the worker's fault."""
         self._closing: set[asyncio.Task[None]] = set()
         self._told: set[str] = set()
         """Why it can't be reached, as far as that was logged."""
@@ -96,7 +112,7 @@ class Worker:
     @property
     def ready(self) -> bool:
         """True when it may get new work."""
-        return self.connected and not self.draining
+        return self.connected and not self.draining and self.breaker.ready
 
     @property
     def running(self) -> int:
@@ -146,6 +162,7 @@ class Worker:
             self.memory = PrefixMemory(response.info.layout.block_size)
             self.traits = traits_of(response.info)
             self.paused_until = 0.0
+            self.breaker.close()
         self.info = response.info
 
     def _on_load(self, load: types_pb2.WorkerLoad) -> None:
@@ -183,6 +200,41 @@ class Worker:
         """A call there died: nothing new until the next load report."""
         self._set_connected(False)
 
+    def fault(self, reason: str, *, died: bool) -> None:
+        """A request failed there, by the worker's fault. `died`: the connection, with all that was aboard."""
+        if died and not self.connected:
+            return  # one loss, however many requests it cost
+        self.failures += 1
+        if self.breaker.failed() and self._may_eject(self):
+            seconds = self.breaker.open()
+            _log.warning(
+                "worker ejected: request after request failed there",
+                worker_role=self.role,
+                address=self.address,
+                seconds=round(seconds, 1),
+                reason=reason,
+            )
+            self._wake_after(seconds)
+            self._changed()
+
+    def _wake_after(self, seconds: float) -> None:
+        """Requests that wait are told when it may be tried again; timers may be a bit early."""
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = asyncio.get_running_loop().call_later(seconds + 0.01, self._changed)
+
+    def served(self) -> None:
+        """A request went well there."""
+        if self.breaker.succeeded():
+            _log.info("worker is back: a request went well", worker_role=self.role, address=self.address)
+            self._changed()
+
+    def settled(self) -> None:
+        """A request there is on its way: the next may follow."""
+        if not self.breaker.closed:
+            self.breaker.given()
+            self._changed()
+
     def refused(self, until: float) -> None:
         """It is full: nothing new until `until` (the loop's clock)."""
         self.paused_until = until
@@ -190,6 +242,7 @@ class Worker:
     def take(self, sequences: int, tokens: int, prefix: Prefix) -> None:
         """Counts work that is about to be sent. `give` takes the sequences back."""
         self.outstanding += sequences
+        self.breaker.taken()
         self.idle.clear()
         self.pending_tokens += tokens
         if self.info.layout.block_size:
@@ -199,12 +252,15 @@ class Worker:
     def give(self, sequences: int) -> None:
         """The work is over, however it ended."""
         self.outstanding -= sequences
+        self.breaker.given()
         if self.outstanding == 0:
             self.idle.set()
         self._changed()
 
     async def close(self) -> None:
         """Ends the channel and every call on it."""
+        if self._wake is not None:
+            self._wake.cancel()
         tasks = [*self._feed_tasks, *self._closing]
         for task in tasks:
             task.cancel()
