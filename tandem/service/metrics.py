@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from tandem.errors import ConfigError
 from tandem.service import address as addresses
 
-_LATENCY = (
+LATENCY_BUCKETS = (
     0.001,
     0.0025,
     0.005,
@@ -37,6 +37,7 @@ _LATENCY = (
     160,
     640,
 )
+"""Seconds."""
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -90,7 +91,7 @@ class Metrics:
         """A counter `tandem_<name>_total` with a label beside the role: call `labels(role, value)` on it."""
         return Counter(f"tandem_{name}", documentation, ["role", label], registry=self.registry)
 
-    def histogram(self, name: str, documentation: str, buckets: Sequence[float] = _LATENCY) -> Histogram:
+    def histogram(self, name: str, documentation: str, buckets: Sequence[float] = LATENCY_BUCKETS) -> Histogram:
         """A histogram `tandem_<name>` of this role."""
         return Histogram(
             f"tandem_{name}", documentation, ["role"], registry=self.registry, buckets=tuple(buckets)

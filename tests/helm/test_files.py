@@ -149,9 +149,9 @@ def test_what_scales_a_pool_never_goes_blank() -> None:
 
 def test_limits_are_buckets_of_their_histograms() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text("utf-8"))
-    assert tuple(schema["definitions"]["bucket"]["enum"]) == common._LATENCY
+    assert tuple(schema["definitions"]["bucket"]["enum"]) == common.LATENCY_BUCKETS
     limits = load(CHART / "values.yaml")["monitoring"]["rules"]
-    assert {limits["ttftLimitSeconds"], limits["itlLimitSeconds"]} <= set(common._LATENCY)
+    assert {limits["ttftLimitSeconds"], limits["itlLimitSeconds"]} <= set(common.LATENCY_BUCKETS)
 
 
 def test_every_alert_says_what_to_do() -> None:
