@@ -6,6 +6,7 @@ import itertools
 import math
 import shlex
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ def page(story: Story) -> str:
             looks,
             [[float(look.ordered[role]) for look in looks], [float(look.ready[role]) for look in looks]],
         )
+        lines += ["", "Where the lines differ, the upper one is what was ordered, and the lower one is ready."]
         for rule in story.rules[role]:
             values = [look.values.get(rule.name, 0.0) for look in looks]
             lines += ["", *_chart(f"{rule.name} (target {rule.target:g})", rule.name, looks, [values])]
@@ -110,7 +112,7 @@ def page(story: Story) -> str:
 
 def _explained(story: Story) -> str:
     machine, pace, limits = story.machine, story.pace, story.limits
-    return EXPLANATION.format(
+    text = EXPLANATION.format(
         machine=machine,
         pace=pace,
         step_ms=machine.step_base * 1000,
@@ -118,6 +120,7 @@ def _explained(story: Story) -> str:
         ttft=limits.ttft,
         itl_ms=limits.itl * 1000,
     )
+    return "\n\n".join(textwrap.fill(part, 118) for part in text.split("\n\n"))
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -154,24 +157,18 @@ def _rates(looks: Sequence[Look]) -> list[float]:
 
 
 def _chart(title: str, unit: str, looks: Sequence[Look], series: Sequence[Sequence[float]]) -> list[str]:
-    """Every sixth point is named: more names would overlap."""
-    names = ", ".join(f'"{clock(look.at)}"' if number % 6 == 0 else '" "' for number, look in enumerate(looks))
+    """The points are evenly spread, as mermaid draws them on a numeric axis."""
     top = max((value for line in series for value in line), default=0.0)
     lines = [f"    line [{', '.join(f'{value:.2f}' for value in line)}]" for line in series]
     return [
         "```mermaid",
         "xychart-beta",
         f'    title "{title}"',
-        f'    x-axis "hours" [{names}]',
+        f'    x-axis "hours" 0 --> {looks[-1].at / 3600:.1f}',
         f'    y-axis "{unit}" 0 --> {math.ceil(top * 1.1) if top > 1 else max(0.1, round(top * 1.1, 2))}',
         *lines,
         "```",
     ]
-
-
-def clock(seconds: float) -> str:
-    """Hours and minutes."""
-    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}"
 
 
 def _cells(cells: Sequence[str]) -> str:

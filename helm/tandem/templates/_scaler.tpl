@@ -25,8 +25,8 @@ pinned to its namespace, release and role.
 {{- $queries := .root.Files.Get "files/queries.yaml" | fromYaml -}}
 {{- $signals := list -}}
 {{- range get $queries .component -}}
-{{- $query := include "tandem.fill" (dict "root" $.root "text" .query) -}}
 {{- $target := get (get $.root.Values.scaling $.component) .target -}}
+{{- $query := include "tandem.fill" (dict "root" $.root "text" (.query | replace "TARGET" (toString $target))) -}}
 {{- $signals = append $signals (dict "name" .name "query" $query "target" (toString $target) "type" .type) -}}
 {{- end -}}
 {{- toJson $signals -}}

@@ -64,4 +64,4 @@ def test_scalers_ask_what_is_recorded() -> None:
     ]
     (group,) = [group for group in _rules()["groups"] if group["name"] == "tandem.scaling"]
     assert sorted(queries) == sorted(rule["expr"] for rule in group["rules"])
-    assert len(queries) == 4
+    assert len(queries) == 5
