@@ -25,6 +25,11 @@ from chart_files import (
 
 import decode_service.metrics
 import prefill_service.metrics
+from gateway.config import GatewayConfig
+from gateway.dispatch import Dispatcher
+from gateway.pairing import Pairing
+from gateway.pool import WorkerPool
+from gateway.pool_metrics import PoolMetrics
 from tandem.service import metrics as common
 from tandem.service.metrics import Metrics
 
@@ -94,6 +99,10 @@ def _registry(role: str) -> Any:
         prefill_service.metrics.StepMetrics(metrics).watch_backlog(lambda: 0, lambda: 0.0)
     if role == "decode":
         decode_service.metrics.StepMetrics(metrics).watch_leases(lambda: 0, lambda: 0)
+    if role == "gateway":
+        pool = WorkerPool()
+        dispatcher = Dispatcher(pool, Pairing(pool, GatewayConfig()), GatewayConfig())
+        metrics.registry.register(PoolMetrics(pool, dispatcher))
     metrics.request_success.inc(finished_reason="stop")
     metrics.request_failure.inc(code="INTERNAL")
     return metrics.registry
@@ -113,7 +122,7 @@ def series() -> dict[str, list[dict[str, str]]]:
 @pytest.mark.parametrize("expression", expressions())
 def test_every_selector_finds_a_series(expression: str, series: dict[str, list[dict[str, str]]]) -> None:
     """Each metric is one that a process of that role has, with the labels that the query chooses by."""
-    filled = expression.replace("TTFT_LIMIT", "2.5").replace("ITL_LIMIT", "0.1")
+    filled = expression.replace("TTFT_LIMIT", "2.5").replace("ITL_LIMIT", "0.1").replace("ROLES", "decode")
     for variable, value in LABELS_OF_TARGETS.items():
         filled = filled.replace(f"${variable}", value)
     found = selectors(filled)

@@ -10,6 +10,7 @@ pinned to its namespace, release and role.
   | replace "RELEASE" .root.Release.Name
   | replace "TTFT_LIMIT" (include "tandem.bucket" $values.monitoring.rules.ttftLimitSeconds)
   | replace "ITL_LIMIT" (include "tandem.bucket" $values.monitoring.rules.itlLimitSeconds)
+  | replace "ROLES" (ternary "decode" "prefill|decode" (and (eq $values.prefill.autoscaling.mode "none") (eq (int $values.prefill.replicas) 0)))
   | replace "GOOD_SHARE" (toString $values.monitoring.rules.goodShare)
 -}}
 {{- end -}}

@@ -37,6 +37,13 @@ def test_the_stories_end_as_they_should(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_pool_of_none_is_not_missed() -> None:
+    """Without prefill workers decode computes prompts itself."""
+    (rule,) = of_kind(objects(rendered(None, "monitoring.rules.enabled=true", "prefill.replicas=0")), "PrometheusRule")
+    texts = [one["expr"] for group in rule["spec"]["groups"] for one in group["rules"] if "alert" in one]
+    assert [text.count('worker_role=~"decode"') for text in texts if "worker_role=~" in text] == [1]
+
+
 def test_every_rule_is_in_a_story() -> None:
     """Each alert fires in one and is silent in another; each recorded value is asked for."""
     stories = load(STORIES)["tests"]
