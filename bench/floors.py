@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from engine.config import EngineConfig, ModelConfig
 from kernels.int8 import GROUP, ZEROS, GroupWeights, int8_linear, pack_int8
 
 PROBE_BYTES = 1 << 30
@@ -60,7 +60,7 @@ def step_work(
     """
     windows = (model.layer_window(layer) for layer in range(model.num_layers))
     seen = sum(context_tokens if window is None else min(window, context_tokens) for window in windows)
-    kv_bytes = 2 * model.num_kv_heads * model.head_dim * DTYPE_BYTES[engine.kv_dtype]
+    kv_bytes = engine.kv_token_bytes(model) // model.num_layers
     attention = 4 * model.num_heads * model.head_dim * seen
     return StepWork(
         read_bytes=weight_bytes + sequences * seen * kv_bytes,

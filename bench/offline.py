@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--points", default="pp512,pp8x512,tg1,tg4,tg8,tg16,tg32")
     parser.add_argument("--compute", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-dtype", default="auto", help="of the KV cache: float32, bfloat16, int8 or fp8_e4m3")
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
@@ -63,7 +64,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line (the default prints a table)")
     arguments = parser.parse_args()
     points = parse_points(arguments.points)
-    settings = {"compute": arguments.compute, "dtype": arguments.dtype, "threads": arguments.threads}
+    settings = {
+        "compute": arguments.compute,
+        "dtype": arguments.dtype,
+        "kv_dtype": arguments.kv_dtype,
+        "threads": arguments.threads,
+    }
     num_blocks = blocks_for(points, BLOCK_SIZE)
     driver = SequenceDriver(
         load_bench_engine(arguments.model, settings, arguments.chunk_size, num_blocks), arguments.chunk_size

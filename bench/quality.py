@@ -4,8 +4,8 @@
 
 The text is on every machine: the licences in the system's common-licenses folder, and the standard library's own
 documentation. It is cut into windows of 1,024 tokens. Perplexity is e to the mean negative log likelihood of every
-token but a window's first; agreement is the share of positions where the likeliest token is the reference's. KV caches
-have the type that each way of computing has by default.
+token but a window's first; agreement is the share of positions where the likeliest token is the reference's. A KV cache
+has the type that its way of computing has by default; `int8/fp8_e4m3` names compute and KV dtype.
 """
 
 from __future__ import annotations
@@ -85,17 +85,19 @@ def score(engine: Engine, windows: Sequence[Sequence[int]]) -> tuple[float, Tens
     return math.exp(loss / count), torch.cat(likeliest)
 
 
-def measure(model: str, computes: Sequence[str], tokens: int) -> Iterator[dict[str, object]]:
+def measure(model: str, ways: Sequence[str], tokens: int) -> Iterator[dict[str, object]]:
     """A row for each way of computing; the first is the reference."""
     windows = text_tokens(model, tokens)
     reference: tuple[float, Tensor] | None = None
-    for compute in computes:
+    for way in ways:
+        compute, _, kv_dtype = way.partition("/")
         settings = {"model": model, "compute": compute, "num_blocks": -(-WINDOW // 16), "block_size": 16}
+        settings["kv_dtype"] = kv_dtype or "auto"
         engine = load_engine(resolve(settings, read_config(model)))
         perplexity, likeliest = score(engine, windows)
         reference = reference or (perplexity, likeliest)
         yield {
-            "compute": compute,
+            "compute": way,
             "tokens": sum(map(len, windows)),
             "perplexity": round(perplexity, 5),
             "change_percent": round((perplexity / reference[0] - 1) * 100, 3),
@@ -107,7 +109,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="default", help="default, or a path to a GGUF file or Hugging Face folder")
-    parser.add_argument("--computes", default="exact,bf16,int8", help="the first is the reference")
+    parser.add_argument("--computes", default="exact,bf16,int8", help="each COMPUTE or COMPUTE/KV_DTYPE")
     parser.add_argument("--tokens", type=int, default=20 * WINDOW)
     parser.add_argument("--json", action="store_true", help="one JSON object a line (the default prints a table)")
     arguments = parser.parse_args()

@@ -19,6 +19,7 @@ from tandem.errors import ConfigError
 
 Compute = Literal["exact", "bf16", "int8"]
 Dtype = Literal["float32", "bfloat16"]
+KvDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 ROPE_KINDS: Final = ("default", "linear", "llama3", "yarn")
@@ -26,6 +27,16 @@ COMPUTES: Final = ("auto", "exact", "bf16", "int8")
 DTYPES: Final = ("auto", "float32", "bfloat16")
 DTYPE_ALIASES: Final = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16"}
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
+KV_DTYPES: Final = ("auto", "float32", "bfloat16", "int8", "fp8_e4m3")
+KV_DTYPE_NAMES: Final[Mapping[str, KvDtype]] = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+    "fp8_e4m3": "float8_e4m3",
+}
+KV_DTYPE_BYTES: Final[Mapping[str, int]] = {**DTYPE_BYTES, "int8": 1, "float8_e4m3": 1}
+KV_QUANTIZED: Final = ("int8", "float8_e4m3")
+SCALE_BYTES: Final = 4
 BLOCK_SIZES: Final = (1, 256)
 
 CGROUP_LIMITS: Final = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -107,7 +118,12 @@ class ModelConfig:
     @property
     def kv_elements_per_token(self) -> int:
         """Elements of K and V that one token takes over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return self.kv_rows_per_token * self.head_dim
+
+    @property
+    def kv_rows_per_token(self) -> int:
+        """Keys and values of single heads that one token has over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +138,8 @@ class EngineConfig:
     weights' own 4 or 8 bits, the fastest; a row's bits depend on nothing else either. "bf16": not row-invariant."""
     dtype: Dtype = "float32"
     """What the weights of the big products are held in; means nothing with compute int8. Activations are float32."""
-    kv_dtype: Dtype = "float32"
+    kv_dtype: KvDtype = "float32"
+    """int8 and float8_e4m3 have a scale for each position and head (`kernels.kv_codes`)."""
     block_size: int = 16
     num_blocks: int = DEFAULT_NUM_BLOCKS
     max_step_tokens: int = 512
@@ -141,8 +158,23 @@ class EngineConfig:
         return model.max_context if self.max_context is None else min(self.max_context, model.max_context)
 
     def block_bytes(self, model: ModelConfig) -> int:
-        """Bytes of one KV block over all layers."""
-        return self.block_size * model.kv_elements_per_token * DTYPE_BYTES[self.kv_dtype]
+        """Bytes of one KV block over all layers, scales included."""
+        return self.scales_at(model) + self.block_size * model.kv_rows_per_token * self._scale_bytes
+
+    def scales_at(self, model: ModelConfig) -> int:
+        """Where a block's scales begin, in bytes: behind its elements, at a multiple of 4."""
+        elements = self.block_size * model.kv_elements_per_token
+        return -(-elements * KV_DTYPE_BYTES[self.kv_dtype] // SCALE_BYTES) * SCALE_BYTES
+
+    def kv_token_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one token's keys and values over all layers, scales included."""
+        elements = model.kv_elements_per_token * KV_DTYPE_BYTES[self.kv_dtype]
+        return elements + model.kv_rows_per_token * self._scale_bytes
+
+    @property
+    def _scale_bytes(self) -> int:
+        """Of one position and head."""
+        return SCALE_BYTES if self.kv_dtype in KV_QUANTIZED else 0
 
 
 Settings = Mapping[str, object]
@@ -177,7 +209,7 @@ def resolve_engine_config(
         model=str(os.fspath(model)),
         compute=compute,
         dtype=dtype,
-        kv_dtype=_resolve_dtype(settings, "kv_dtype", "float32" if compute == "exact" else "bfloat16"),
+        kv_dtype=_resolve_kv_dtype(settings, "float32" if compute == "exact" else "bfloat16"),
         block_size=_integer(settings, "block_size", 16, *BLOCK_SIZES),
         num_blocks=DEFAULT_NUM_BLOCKS,
         max_step_tokens=_integer(settings, "max_step_tokens", 512, 1, 1 << 16),
@@ -206,6 +238,11 @@ def _resolve_dtype(settings: Settings, key: str, automatic: Dtype) -> Dtype:
     if chosen == "float32":
         return "float32"
     return "bfloat16" if chosen == "bfloat16" else automatic
+
+
+def _resolve_kv_dtype(settings: Settings, automatic: KvDtype) -> KvDtype:
+    chosen = _choice(settings, "kv_dtype", KV_DTYPES, {**DTYPE_ALIASES, "float8_e4m3": "fp8_e4m3", "fp8": "fp8_e4m3"})
+    return KV_DTYPE_NAMES.get(chosen, automatic)
 
 
 def _resolve_num_blocks(settings: Settings, config: EngineConfig, model: ModelConfig | None) -> int:

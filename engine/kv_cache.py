@@ -1,4 +1,4 @@
-"""The paged KV cache: one tensor over memory that may be shared with other processes.
+"""The paged KV cache: one piece of memory that may be shared with other processes, and tensors over it.
 
 Life cycle: sized by `kv_bytes` -> built over the caller's buffer or memory of its own, no page touched -> written by
 steps and by transfers -> dropped. Who may write which block is the block pool's business, not the cache's.
@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
+from kernels.kv_codes import is_quantized
 from kernels.kv_order import PLAIN, best_order
 from kernels.memory import advise_huge
 from tandem.errors import ConfigError
 
-TORCH_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TORCH_DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8_e4m3": torch.float8_e4m3fn,
+}
 
 
 def kv_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> tuple[int, int]:
@@ -28,9 +34,11 @@ def kv_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> tuple[in
 
 
 class KVCache:
-    """Tensor [num_blocks, layers, 2, kv_heads, block_size, head_dim] of `kv_dtype`; a block's bytes are contiguous.
+    """`tensor` [num_blocks, layers, 2, kv_heads, block_size, head_dim] of `kv_dtype`; a block's bytes are contiguous.
 
-    `order` is that of a block's keys and values (`kernels.kv_order`); the shape is the same with either.
+    `order` is that of a block's keys and values (`kernels.kv_order`); the shape is the same with either. `scales`
+    float32 [num_blocks, layers, 2, kv_heads, block_size] of codes (`kernels.kv_codes`) stand in each block behind its
+    elements; other dtypes have none.
     """
 
     def __init__(
@@ -47,21 +55,24 @@ class KVCache:
         self._memory = _reserve(total) if buffer is None else buffer
         if self._memory.nbytes != total:
             raise ConfigError(f"a KV cache of {total} bytes doesn't fit a buffer of {self._memory.nbytes} bytes")
-        shape = (
-            engine_config.num_blocks,
-            model_config.num_layers,
-            2,
-            model_config.num_kv_heads,
-            engine_config.block_size,
-            model_config.head_dim,
-        )
-        flat = torch.frombuffer(self._memory, dtype=dtype)
-        self.tensor = flat.view(shape)
-        self._layers = tuple(self.tensor[:, index] for index in range(model_config.num_layers))
+        rows = (model_config.num_layers, 2, model_config.num_kv_heads, engine_config.block_size)
+        self.blocks = torch.frombuffer(self._memory, dtype=torch.uint8).view(-1, self.block_bytes)
+        """All bytes: uint8 [num_blocks, block_bytes]."""
+        elements = model_config.kv_elements_per_token * engine_config.block_size
+        flat = self.blocks[:, : elements * dtype.itemsize].view(dtype)
+        self.tensor = flat.view(-1, *rows, model_config.head_dim)
+        self.scales: Tensor | None = None
+        if is_quantized(dtype):
+            at = engine_config.scales_at(model_config)
+            self.scales = self.blocks[:, at:].view(torch.float32).view(-1, *rows)
 
     def layer(self, index: int) -> Tensor:
         """K and V of one layer: a view [num_blocks, 2, kv_heads, block_size, head_dim]."""
-        return self._layers[index]
+        return self.tensor[:, index]
+
+    def layer_scales(self, index: int) -> Tensor | None:
+        """Those of one layer: a view [num_blocks, 2, kv_heads, block_size]; None where the dtype has none."""
+        return None if self.scales is None else self.scales[:, index]
 
     def blocks_view(self) -> memoryview:
         """All blocks' bytes: uint8 [num_blocks * block_bytes], writable."""

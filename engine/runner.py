@@ -34,7 +34,7 @@ class Runner:
     def run(self, batch: Batch) -> StepOutput:
         """See `StepRunner.run`."""
         self._bind_thread()
-        copy_blocks(self._kv.tensor, batch.copies)
+        copy_blocks(self._kv.blocks, batch.copies)
         if not batch.slices:
             return StepOutput([])
         with torch.inference_mode():

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         add("--health", metavar="HOST:PORT", help="where health alone is served too, in clear, for probes")
         add("--compute", default="auto", help="auto, exact, bf16 or int8")
         add("--dtype", default="auto", help="of the weights: auto, float32 or bfloat16")
-        add("--kv-dtype", default="auto", help="of the KV cache: auto, float32 or bfloat16")
+        add("--kv-dtype", default="auto", help="of the KV cache: auto, float32, bfloat16, int8 or fp8_e4m3")
         add("--block-size", type=int, metavar="TOKENS", help="tokens a KV block")
         add("--num-blocks", type=int, metavar="N", help="KV blocks; or --kv-memory")
         add("--kv-memory", type=int, metavar="BYTES", help="memory of the KV cache")

@@ -17,7 +17,9 @@ class KvTensor(Protocol):
     """The paged cache, as far as the fused step reads it."""
 
     tensor: Tensor
-    """[blocks, layers, 2, Hkv, block_size, D], float32 or bfloat16."""
+    """[blocks, layers, 2, Hkv, block_size, D]."""
+    scales: Tensor | None
+    """Of codes: [blocks, layers, 2, Hkv, block_size]."""
     order: str
     """See `kernels.kv_order`."""
 
@@ -64,5 +66,6 @@ class FusedModel:
             kv_cache.order,
             greedy,
             best,
+            kv_cache.scales,
         )
         return Predictions(logits, best)

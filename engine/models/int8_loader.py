@@ -91,6 +91,7 @@ class _Int8Loader:
             gate_up=self._linear(f"{index}.gate_up", f"{at}.mlp", gates, width, config.mlp_bias, gate_up_order(inner)),
             down=self._linear(f"{index}.down", f"{at}.mlp", {"down_proj": width}, inner, config.mlp_bias),
             window=config.layer_window(index),
+            kv_scales=self._source.kv_scales(attention, self._engine.kv_dtype),
             fine_down=has_fine_down(index, config.num_layers),
         )
 

@@ -67,6 +67,7 @@ class _Loader:
             gate_up=self._linear(f"{at}.mlp", {"gate_proj": inner, "up_proj": inner}, width, config.mlp_bias),
             down=self._linear(f"{at}.mlp", {"down_proj": width}, inner, config.mlp_bias),
             window=config.layer_window(index),
+            kv_scales=self._source.kv_scales(attention, self._engine.kv_dtype),
         )
 
     def _embedding_and_head(self) -> tuple[Embedding, Product]:

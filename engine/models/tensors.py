@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from engine.models.transformer import Progress
 from engine.weights.checkpoint import Checkpoint
 from kernels.coded import CodedWeights
 from kernels.int8 import GroupWeights
+from kernels.kv_codes import FixedScales
 from kernels.memory import ALIGNMENT
 from tandem.errors import ModelFormatError
 
@@ -115,6 +117,27 @@ class TensorSource:
         if found != shape:
             raise ModelFormatError(f"{self._path}: tensor {name} has shape {found}; expected {shape}")
         self._used.add(name)
+
+    def kv_scales(self, attention: str, kv_dtype: str) -> FixedScales | None:
+        """The scales of keys and values that a checkpoint has for a layer's 8-bit floats; None without, or where the
+        cache holds something else. Raises ModelFormatError for scales that are no positive numbers, or just one.
+        """
+        names = [f"{attention}.{part}_scale" for part in ("k", "v")]
+        there = [name for name in names if name in self._checkpoint.names()]
+        if len(there) == 1:
+            missing = next(name for name in names if name not in there)
+            raise ModelFormatError(f"{self._path}: tensor {missing} is missing; {there[0]} is there")
+        if not there or kv_dtype != "float8_e4m3":
+            self._used.update(there)
+            return None
+        return self._scale(names[0]), self._scale(names[1])
+
+    def _scale(self, name: str) -> float:
+        shape = self._checkpoint.shape(name)
+        scale = float(self.take(name, shape)) if math.prod(shape) == 1 else math.nan
+        if not 0 < scale < math.inf:
+            raise ModelFormatError(f"{self._path}: tensor {name} must be one positive number; its shape is {shape}")
+        return scale
 
     def refuse_unused(self) -> None:
         """A tensor that nothing reads means another network under a known name: its answers would be nonsense."""

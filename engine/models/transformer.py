@@ -17,6 +17,7 @@ from engine.config import ModelConfig
 from engine.models.meta import ForwardMeta, Predictions
 from kernels.activation import silu_mul
 from kernels.attention import paged_attention
+from kernels.kv_codes import FixedScales
 from kernels.linear import PackedLinear, linear
 from kernels.norm import rms_norm, rms_norm_heads
 from kernels.rope import rope_and_store
@@ -27,6 +28,9 @@ class KvLayers(Protocol):
 
     def layer(self, index: int) -> Tensor:
         """K and V of one layer: [num_blocks, 2, Hkv, block_size, D], a view of the whole cache."""
+
+    def layer_scales(self, index: int) -> Tensor | None:
+        """Scales of one layer's codes: [num_blocks, 2, Hkv, block_size]; None where the cache has none."""
 
 
 class Embedding(Protocol):
@@ -82,6 +86,8 @@ class Layer:
     down: Product
     window: int | None
     """Sliding window in tokens; None: the layer sees everything."""
+    kv_scales: FixedScales | None = None
+    """What 8-bit keys and values are divided by; None: each row's own."""
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +134,7 @@ class Model:
         residual = self.embedding(token_ids)
         x = rms_norm(residual, self.layers[0].input_norm, self.config.rms_eps)
         for index, layer in enumerate(self.layers):
-            update = self._attention(layer, x, meta, kv_cache.layer(index))
+            update = self._attention(layer, x, meta, kv_cache.layer(index), kv_cache.layer_scales(index))
             x = rms_norm(update, layer.post_norm, self.config.rms_eps, residual=residual)
             update = layer.down(silu_mul(layer.gate_up(x)))
             x = rms_norm(update, self._norm_after(index), self.config.rms_eps, residual=residual)
@@ -138,7 +144,9 @@ class Model:
         """Logits of rows of `forward`'s result: float32 [R, W] -> float32 [R, V]."""
         return self.head(hidden_rows)
 
-    def _attention(self, layer: Layer, x: Tensor, meta: ForwardMeta, kv_layer: Tensor) -> Tensor:
+    def _attention(
+        self, layer: Layer, x: Tensor, meta: ForwardMeta, kv_layer: Tensor, kv_scales: Tensor | None
+    ) -> Tensor:
         """Attention of `layer` with its output product: float32 [T, W] -> float32 [T, W]."""
         config = self.config
         qkv = layer.qkv(x)
@@ -154,10 +162,12 @@ class Model:
             config.num_heads,
             config.num_kv_heads,
             interleaved=config.rope.interleaved,
+            kv_scales=kv_scales,
+            fixed_scales=layer.kv_scales,
         )
         tables, starts, lengths = meta.block_tables, meta.query_starts, meta.context_lens
         scale = config.head_dim**-0.5
-        mixed = paged_attention(q, kv_layer, tables, starts, lengths, scale, layer.window)
+        mixed = paged_attention(q, kv_layer, tables, starts, lengths, scale, layer.window, kv_scales=kv_scales)
         return layer.output(mixed.view(x.shape[0], config.num_heads * config.head_dim))
 
     def _norm_heads(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:

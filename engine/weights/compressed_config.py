@@ -23,8 +23,7 @@ _RANK: Final = {"name": 0, "match": 1, "all": 2}
 
 def compressed_rules(settings: Fields) -> list[Rule]:
     """Rules, the exact ones first. Raises ModelFormatError for what no reader here knows."""
-    if settings.get("kv_cache_scheme") is not None:
-        raise settings.error("kv_cache_scheme", "a quantised KV cache is not supported")
+    _check_kv_cache(settings)
     if settings.text("quantization_status", "compressed") != "compressed":
         raise settings.error("quantization_status", f"must be compressed, not {settings.get('quantization_status')!r}")
     for key in ("sparsity_config", "transform_config"):
@@ -36,6 +35,20 @@ def compressed_rules(settings: Fields) -> list[Rule]:
         raise settings.error("config_groups", "must be an object that is not empty")
     rules = [rule for name, group in groups.items() for rule in _group_rules(settings, str(name), group)]
     return [*ignored, *sorted(rules, key=lambda rule: _RANK[rule.pattern.kind])]
+
+
+def _check_kv_cache(settings: Fields) -> None:
+    """Accept what `TensorSource.kv_scales` reads: FP8 with one scale for a layer's keys and one for its values."""
+    value = settings.get("kv_cache_scheme")
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise settings.error("kv_cache_scheme", "must be an object")
+    fields = Fields(f"{settings.source}: kv_cache_scheme", value)
+    form = (fields.text("type", "int").lower(), fields.integer("num_bits", 8), fields.text("strategy", "tensor"))
+    how = (fields.boolean("symmetric", True), fields.boolean("dynamic", False))
+    if form != ("float", 8, "tensor") or how != (True, False):
+        raise settings.error("kv_cache_scheme", "is supported as static, symmetric float 8 with strategy 'tensor' only")
 
 
 def _group_rules(settings: Fields, name: str, group: object) -> list[Rule]:

@@ -74,7 +74,14 @@ from tandem.supervisor.supervisor import Supervisor
 )
 @click.option("--dtype", metavar="TYPE", help="Number format of the weights: float32 or bf16.  [default: by --compute]")
 @click.option(
-    "--kv-dtype", metavar="TYPE", help="Number format of the KV cache: float32 or bf16.  [default: by --compute]"
+    "--kv-dtype",
+    metavar="TYPE",
+    help="Number format of the KV cache: float32, bf16, int8 or fp8_e4m3.  [default: by --compute]",
+)
+@click.option(
+    "--prefill-kv-dtype",
+    metavar="TYPE",
+    help="The same of prefill workers; decode converts, which rounds.  [default: --kv-dtype]",
 )
 @click.option("--block-size", type=int, metavar="TOKENS", help="Tokens a KV block.  [default: the workers']")
 @click.option(

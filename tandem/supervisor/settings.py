@@ -50,6 +50,8 @@ class UpSettings:
     compute: str | None = None
     dtype: str | None = None
     kv_dtype: str | None = None
+    prefill_kv_dtype: str | None = None
+    """Of prefill workers; decode workers then convert what they receive."""
     block_size: int | None = None
     prefill_block_size: int | None = None
     num_blocks: int | None = None
@@ -104,14 +106,16 @@ def check_count(role: str, count: int) -> None:
 
 def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
     """Flags of a prefill or decode worker."""
-    own_size = settings.prefill_block_size if role == "prefill" else None
+    prefill = role == "prefill"
+    own_size = settings.prefill_block_size if prefill else None
+    own_dtype = settings.prefill_kv_dtype if prefill else None
     values: dict[str, object] = {
         "--model": settings.model,
         "--listen": "127.0.0.1:0",
         "--metrics": "127.0.0.1:0",
         "--compute": settings.compute,
         "--dtype": settings.dtype,
-        "--kv-dtype": settings.kv_dtype,
+        "--kv-dtype": own_dtype or settings.kv_dtype,
         "--block-size": own_size or settings.block_size,
         "--num-blocks": settings.num_blocks,
         "--kv-memory": settings.kv_memory,
@@ -122,12 +126,14 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--drain-grace": settings.drain_grace,
         "--log-level": settings.log_level,
     }
-    if role == "decode":
+    decode = role == "decode"
+    if decode:
         values |= {"--speculation": settings.speculation, "--speculation-tokens": settings.speculation_tokens}
     switches = {
         "--no-prefix-cache": not settings.prefix_cache,
         "--no-share-weights": not settings.share_weights,
-        "--speculation-fixed": settings.speculation_fixed and role == "decode",
+        "--speculation-fixed": settings.speculation_fixed and decode,
+        "--convert-kv-dtype": settings.prefill_kv_dtype is not None and decode,
     }
     return _flags({**values, **_tls(settings)}) + [flag for flag, on in switches.items() if on]
 

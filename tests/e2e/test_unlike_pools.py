@@ -1,4 +1,4 @@
-"""Prefill and decode pools of two block sizes, as real processes."""
+"""Prefill and decode pools of two block sizes, and of two KV dtypes, as real processes."""
 
 from __future__ import annotations
 
@@ -42,3 +42,20 @@ def test_two_block_sizes_give_the_tokens_of_one_worker(start_stack: Any) -> None
             stack.kill()
     assert all(len(tokens) == 16 for tokens in results[0])
     assert all(result == results[0] for result in results)
+
+
+def test_a_prompt_is_quantized_on_its_way(start_stack: Any) -> None:
+    """What follows is the answer that the model gives from its own cache of bfloat16."""
+    stack = start_stack.start(
+        *("--kv-dtype", "fp8_e4m3", "--prefill-kv-dtype", "bfloat16", "--local-prefill-threshold", "0")
+    )
+    try:
+        with Client(stack.gateway) as client:
+            text = "The days of the week are Monday, Tuesday, Wednesday, Thursday,"
+            answer = client.generate(text, max_tokens=8, temperature=0.0)
+            assert "Friday, Saturday" in answer.text
+        assert stack.metric("prefill", "tandem_nixl_bytes_transferred_total") > 0
+        assert stack.metric("decode", "tandem_nixl_num_failed_transfers_total") == 0
+        assert stack.stop() == 0
+    finally:
+        stack.kill()

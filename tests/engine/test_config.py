@@ -11,6 +11,7 @@ import pytest
 from engine import config
 from engine.config import DEFAULT_NUM_BLOCKS, EngineConfig, ModelConfig, RopeConfig, resolve_engine_config
 from tandem.errors import ConfigError
+from tandem.kv_layout import KvLayout
 
 MODEL = ModelConfig(
     architecture="llama",
@@ -39,6 +40,23 @@ def test_automatic_values() -> None:
     assert (fast.compute, fast.dtype, fast.kv_dtype) == ("bf16", "bfloat16", "bfloat16")
     assert _resolve(compute="exact", dtype="bf16").dtype == "bfloat16"
     assert _resolve(compute="bf16", kv_dtype="float32").kv_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("int8", "int8"), ("fp8_e4m3", "float8_e4m3"), ("float8_e4m3", "float8_e4m3"), ("fp8", "float8_e4m3")],
+)
+def test_quantized_blocks_have_their_scales(said: str, meant: str) -> None:
+    """2 x 2 layers x 2 heads x 16 slots: 16 bytes of codes and 4 of scale each; as transfers count them."""
+    resolved = _resolve(kv_dtype=said)
+    assert resolved.kv_dtype == meant
+    assert resolved.block_bytes(MODEL) == 2 * 2 * 2 * 16 * (16 + 4)
+    assert resolved.kv_token_bytes(MODEL) * 16 == resolved.block_bytes(MODEL)
+    odd = dataclasses.replace(MODEL, num_layers=1, num_kv_heads=1, head_dim=1)
+    for model, size in ((MODEL, 16), (odd, 3)):
+        ours = _resolve(kv_dtype=said, block_size=size)
+        layout = KvLayout(size, meant, model.num_layers, model.num_kv_heads, model.head_dim)
+        assert (ours.scales_at(model), ours.block_bytes(model)) == (layout.scales_at, layout.block_bytes)
 
 
 def test_blocks_follow_memory() -> None:

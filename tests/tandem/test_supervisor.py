@@ -154,16 +154,20 @@ async def test_starts_serves_and_stops_in_order(up: Up, fake_services: Path) -> 
 
 async def test_flags_reach_the_workers(up: Up, fake_services: Path) -> None:
     """Only flags that were given are passed, so that a worker's defaults hold."""
-    supervisor = up(compute="exact", block_size=32, prefill_block_size=16, prefix_cache=False, share_weights=False)
+    sizes = {"block_size": 32, "prefill_block_size": 16, "kv_dtype": "int8", "prefill_kv_dtype": "bf16"}
+    supervisor = up(compute="exact", prefix_cache=False, share_weights=False, **sizes)
     await supervisor.start()
     (decode,) = events(fake_services, event="start", role="decode")
     flags = decode["argv"]
     assert flags[flags.index("--compute") + 1] == "exact"
     assert flags[flags.index("--block-size") + 1] == "32"
-    assert {"--no-prefix-cache", "--no-share-weights"} <= set(flags)
+    assert flags[flags.index("--kv-dtype") + 1] == "int8"
+    assert {"--no-prefix-cache", "--no-share-weights", "--convert-kv-dtype"} <= set(flags)
     assert "--num-blocks" not in flags
     (prefill,) = events(fake_services, event="start", role="prefill")
     assert prefill["argv"][prefill["argv"].index("--block-size") + 1] == "16"
+    assert prefill["argv"][prefill["argv"].index("--kv-dtype") + 1] == "bf16"
+    assert "--convert-kv-dtype" not in prefill["argv"]
 
 
 async def test_dead_worker_comes_back(up: Up, fake_services: Path, monkeypatch: pytest.MonkeyPatch) -> None:

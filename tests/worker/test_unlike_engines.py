@@ -33,6 +33,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (["--block-size", "24", "--compute", "int8"], ["--block-size", "16", "--compute", "int8"]),
         (["--block-size", "16", "--compute", "int8"], ["--block-size", "24", "--compute", "int8"]),
+        (
+            ["--block-size", "32", "--compute", "int8", "--kv-dtype", "int8"],
+            ["--block-size", "24", "--compute", "int8", "--kv-dtype", "int8"],
+        ),
+        (
+            ["--block-size", "16", "--compute", "exact", "--kv-dtype", "fp8_e4m3", "--transport", "grpc"],
+            ["--block-size", "24", "--compute", "exact", "--kv-dtype", "fp8_e4m3"],
+        ),
     ],
     ids=lambda flags: "-".join(flag for flag in flags if not flag.startswith("--")),
 )
@@ -40,7 +48,7 @@ async def test_the_tokens_are_those_of_one_worker(model: Path, prefill: Sequence
     # Without a prefix cache: else decode would find alone what it was sent before.
     async with pair_of_engines(model, prefill, [*decode, "--no-prefix-cache"]) as pair:
         paired = [info.layout.order == PAIRED_ORDER for info in (pair.prefill_info, pair.decode_info)]
-        if "int8" in decode and multiplies_pairs(32):
+        if decode[3] == "int8" and multiplies_pairs(32):
             assert paired == [info.layout.block_size % 16 == 0 for info in (pair.prefill_info, pair.decode_info)]
         for end, n, temperature in ((61, 1, 0.0), (5, 1, 0.0), (150, 2, 1.0), (61, 1, 1.0)):
             prompt = PROMPT[:end]
@@ -68,18 +76,21 @@ async def test_what_decode_has_is_not_sent(model: Path, size: int, step: int) ->
         assert again.tokens == (await pair.run(PROMPT, remote=False)).tokens
 
 
-async def test_another_kv_dtype_needs_the_flag(model: Path) -> None:
-    prefill = ["--compute", "exact", "--kv-dtype", "float32"]
-    decode = ["--compute", "exact", "--kv-dtype", "bfloat16", "--block-size", "32"]
+@pytest.mark.parametrize(
+    ("compute", "kv_dtypes"),
+    [("exact", ("float32", "bfloat16")), ("int8", ("bfloat16", "int8")), ("exact", ("bfloat16", "float8_e4m3"))],
+)
+async def test_another_kv_dtype_needs_the_flag(model: Path, compute: str, kv_dtypes: tuple[str, str]) -> None:
+    prefill = ["--compute", compute, "--kv-dtype", kv_dtypes[0]]
+    decode = ["--compute", compute, "--kv-dtype", kv_dtypes[1], "--block-size", "32"]
     async with pair_of_engines(model, prefill, decode) as pair:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await pair.run(PROMPT[:40], remote=True)
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert "dtype=float32" in caught.value.details()
-        assert "dtype=bfloat16" in caught.value.details()
+        assert all(f"dtype={dtype}" in caught.value.details() for dtype in kv_dtypes)
     async with pair_of_engines(model, prefill, [*decode, "--convert-kv-dtype"]) as pair:
         run = await pair.run(PROMPT[:40], remote=True)
         assert run.needed == (0, 40)
         assert len(run.tokens[0]) == 24
-        # The first comes from the float32 side; a random model's later ones may differ, and that is the flag's price.
+        # The first comes from the wider side; a random model's later ones may differ, and that is the flag's price.
         assert run.tokens[0][0] == (await pair.run(PROMPT[:40], remote=False)).tokens[0][0]

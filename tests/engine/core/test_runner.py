@@ -175,12 +175,26 @@ def test_build_meta_places_every_row(case: tuple[list[Slice], int]) -> None:
     assert (meta.block_tables.dtype, meta.query_starts.dtype, meta.context_lens.dtype) == (torch.int32,) * 3
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "float8_e4m3"])
+def test_a_copied_block_has_its_scales(make_engine: MakeEngine, implementation: str, kv_dtype: str) -> None:
+    """What follows a shared block is the same after the block's copy."""
+    engine = make_engine(kv_dtype=kv_dtype, block_size=4, num_blocks=4)
+    engine.runner.run(Batch([Slice("r", PROMPT[:7], 0, [0, 1])]))
+    steps: list[tuple[list[int], list[tuple[int, int]]]] = [([0, 1], []), ([0, 2], [(1, 2)]), ([3, 2], [(0, 3)])]
+    outputs = []
+    for table, copies in steps:
+        outputs.append(engine.runner.run(Batch([Slice("r", [11], 7, table, [spec()])], copies)).samples)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert torch.equal(engine.kv_cache.blocks[2], engine.kv_cache.blocks[1])
+
+
 def test_engine_says_what_it_is(make_engine: MakeEngine) -> None:
     one, two = make_engine(), make_engine(num_blocks=3, block_size=8)
     assert one.model_id == two.model_id
     assert len(one.model_id) == 64
     assert one.numerics_id == two.numerics_id
-    assert make_engine(kv_dtype="bfloat16").numerics_id != one.numerics_id
+    others = [make_engine(kv_dtype=kv_dtype) for kv_dtype in ("bfloat16", "int8", "float8_e4m3")]
+    assert len({engine.numerics_id for engine in (one, *others)}) == 4
     assert one.model_config.vocab_size == 211
 
 

@@ -15,7 +15,7 @@ from engine.runner import Runner
 
 def test_threads_are_set_on_the_engine_thread() -> None:
     """The number is OpenMP's per thread: setting it where the model was loaded is not enough."""
-    kv_cache = SimpleNamespace(tensor=torch.zeros(1, 1))
+    kv_cache = SimpleNamespace(blocks=torch.zeros(1, 1))
     seen: list[int] = []
 
     def step(runner: Runner) -> None:

@@ -14,35 +14,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from engine.config import EngineConfig, ModelConfig
+from engine.kv_cache import KVCache
 from engine.models.fused import FusedModel
 from engine.models.int8_loader import load_int8_model
 from engine.models.loader import load_model
 from engine.models.meta import ForwardMeta
 from engine.models.transformer import Model
 from engine.weights import open_checkpoint
-from kernels import dispatch, kv_order
+from kernels import dispatch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `row_promise`; tests are no package
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
-class BareCache:
-    """The paged cache's memory and nothing else, [num_blocks, L, 2, Hkv, block_size, D]."""
+class BareCache(KVCache):
+    """The paged cache of a driver."""
 
     def __init__(self, config: ModelConfig, engine: EngineConfig) -> None:
-        """Filled with noise: a read of an unwritten slot shows."""
-        shape = (engine.num_blocks, config.num_layers, 2, config.num_kv_heads, engine.block_size, config.head_dim)
-        assert DTYPE_BYTES[engine.kv_dtype] == DTYPES[engine.kv_dtype].itemsize
-        self.tensor = torch.full(shape, 1e3, dtype=DTYPES[engine.kv_dtype])
-        self.order = kv_order.PLAIN
-        if engine.compute == "int8":
-            self.order = kv_order.best_order(self.tensor.dtype, engine.block_size, config.head_dim)
-
-    def layer(self, index: int) -> Tensor:
-        """`cache[:, layer]`."""
-        return self.tensor[:, index]
+        """Filled with what are large numbers in any dtype: a read of an unwritten slot shows."""
+        super().__init__(config, engine)
+        self.blocks.fill_(0x44)
 
 
 @dataclass

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("cpp_kernels")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8", "float8_e4m3"])
 def test_rows_in_a_batch(
     kind: str, kv_dtype: str, save_tiny: Callable[..., Any], make_driver: Callable[..., Any]
 ) -> None:

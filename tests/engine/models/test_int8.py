@@ -30,7 +30,7 @@ SHAPE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "num_atten
         ("qwen3", {"num_attention_heads": 8, "num_key_value_heads": 1}),
     ],
 )
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8", "float8_e4m3"])
 def test_is_near_the_float_model(
     kind: str, extra: dict[str, Any], kv_dtype: str, save_tiny: Callable[..., Any], make_driver: Callable[..., Any]
 ) -> None:
@@ -39,10 +39,10 @@ def test_is_near_the_float_model(
     exact = make_driver(folder, sequences=3, length=40).run(prompts, chunk=16)
     driver = make_driver(folder, sequences=3, length=40, compute="int8", kv_dtype=kv_dtype)
     for ours, theirs in zip(driver.run(prompts, chunk=16), exact, strict=True):
-        assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+        assert float((ours - theirs).norm() / theirs.norm()) < (0.1 if kv_dtype == "float8_e4m3" else 0.05)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8", "float8_e4m3"])
 def test_rows_in_a_batch_and_in_chunks(
     kv_dtype: str, save_tiny: Callable[..., Any], make_driver: Callable[..., Any]
 ) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PROMPTS = random_prompts(2, 20, 97)
 LAYER = "model.layers.1.mlp.up_proj"
+KV_SCHEME = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -126,6 +127,21 @@ def test_int8_activations_are_those_of_the_format(tmp_path: Path, make_driver: M
     alone = both.run(PROMPTS[:1], 20)[0]
     assert 0 < float((alone - weights_only).norm() / weights_only.norm()) < 0.05
     assert same_bits(alone, both.run(PROMPTS, 3)[0])
+
+
+def test_a_kv_cache_scheme_comes_with_its_scales(tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
+    form = FORMATS["packed-symmetric"]
+    coded, _ = both_forms(form)
+    names = [f"model.layers.{layer}.self_attn.{part}_scale" for layer in (0, 1) for part in "kv"]
+    scales = {name: torch.tensor(0.01 + 0.002 * number) for number, name in enumerate(names)}
+    fixed = save(tmp_path / "fixed", {**coded, **scales}, {**form.config, "kv_cache_scheme": KV_SCHEME})
+    plain = save(tmp_path / "plain", coded, form.config)
+    one, other, exact = (
+        make_driver(folder, kv_dtype=kv_dtype).run(PROMPTS[:1], 20)[0]
+        for folder, kv_dtype in ((fixed, "float8_e4m3"), (plain, "float8_e4m3"), (fixed, "float32"))
+    )
+    assert not same_bits(one, other)
+    assert float((one - exact).norm() / exact.norm()) < 0.1
 
 
 def test_the_configuration_is_part_of_the_identity(tmp_path: Path) -> None:
@@ -235,7 +251,11 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "scale_fmt: 'ue8m0' is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "must be two integers over 0"),
         (compressed("nvfp4-pack-quantized"), "format: 'nvfp4-pack-quantized' is not supported; known: pack-quantized"),
-        (compressed("pack-quantized") | {"kv_cache_scheme": {}}, "kv_cache_scheme: a quantised KV cache"),
+        (
+            compressed("pack-quantized") | {"kv_cache_scheme": {}},
+            "kv_cache_scheme: is supported as static, symmetric float",
+        ),
+        (compressed("pack-quantized") | {"kv_cache_scheme": KV_SCHEME | {"dynamic": True}}, "kv_cache_scheme: is supp"),
         (compressed("pack-quantized") | {"config_groups": {}}, "config_groups: must be an object that is not empty"),
         (compressed("pack-quantized") | {"ignore": ["re:("]}, "is no regular expression"),
         (compressed("pack-quantized", num_bits=5), "int 5 is not supported; known: int 2, 3, 4, 8, float 8"),
