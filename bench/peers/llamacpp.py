@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,8 +37,8 @@ def link_libraries(folder: Path) -> None:
             (folder / name).symlink_to(target)
 
 
-def bench_command(program: Path, model: str, point: Point) -> list[str]:
-    """The command that measures `point` once."""
+def bench_command(program: Path, model: str, point: Point, *, repack: bool = True) -> list[str]:
+    """The command that measures `point` once. Without `repack` weights stay as the file has them."""
     outputs = max(1, point.output_tokens)
     context = -(-(point.prompt_tokens + outputs) // CONTEXT_STEP) * CONTEXT_STEP
     numbers = {
@@ -47,7 +49,13 @@ def bench_command(program: Path, model: str, point: Point) -> list[str]:
         "-npl": point.sequences,
     }
     flags = [text for flag, number in numbers.items() for text in (flag, str(number))]
-    return [str(program), "-m", model, *flags, "--output-format", "jsonl"]
+    return [str(program), "-m", model, *flags, *([] if repack else ["--no-repack"]), "--output-format", "jsonl"]
+
+
+def can_repack(program: Path, model: str) -> bool:
+    """False where repacked weights crash it (SIGILL): 11434 multiplies by AMX on threads whose tiles are not set up."""
+    probe = bench_command(program, model, Point("tg1", sequences=1, prompt_tokens=32, output_tokens=1))
+    return subprocess.run(probe, capture_output=True).returncode != -signal.SIGILL
 
 
 def read_rate(output: str, point: Point) -> float:
@@ -69,10 +77,13 @@ def programs() -> Path:
 
 
 def _open(model: str, points: Sequence[Point]) -> Callable[[Point], float]:
-    folder = programs()
+    program = programs() / "llama-batched-bench"
+    repack = can_repack(program, model)
+    if not repack:
+        print("llamacpp: crashes with repacked weights on this CPU; measured with --no-repack", file=sys.stderr)
 
     def meter(point: Point) -> float:
-        command = bench_command(folder / "llama-batched-bench", model, point)
+        command = bench_command(program, model, point, repack=repack)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"llama-batched-bench: exit {done.returncode}: {done.stderr.strip()[-300:]}")

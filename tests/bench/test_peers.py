@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.peers.environments import PeerError, run_logged
-from bench.peers.llamacpp import bench_command, link_libraries, read_rate
+from bench.peers.llamacpp import bench_command, can_repack, link_libraries, read_rate
 from bench.peers.llamacpp_quality import read_figures
 from bench.peers.processes import Measurement, measure_points
 from bench.peers.session import measure
@@ -112,6 +112,17 @@ def test_llama_batched_bench_gets_room_for_every_sequence() -> None:
     assert read_rate(output, parse_point("pp512")) == 400.0
     with pytest.raises(RuntimeError, match="no figures"):
         read_rate("out of memory", parse_point("pp512"))
+
+
+@pytest.mark.parametrize(("script", "repack"), [("exit 0", True), ("exit 1", True), ("kill -ILL $$", False)])
+def test_llama_cpp_keeps_its_weights_as_they_are_where_repacked_ones_crash_it(
+    tmp_path: Path, script: str, repack: bool
+) -> None:
+    program = tmp_path / "bench"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    assert can_repack(program, "m.gguf") is repack
+    assert ("--no-repack" in bench_command(program, "m.gguf", parse_point("tg1"), repack=repack)) is not repack
 
 
 def test_libraries_get_the_links_that_a_wheel_cannot_hold(tmp_path: Path) -> None:
