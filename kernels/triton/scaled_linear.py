@@ -14,6 +14,7 @@ import triton.language as tl
 
 from kernels.triton.kv_format import decode_e4m3, readable
 from kernels.triton.launch import FLOATS, Launch, require, require_dense, target
+from kernels.triton.splits import adding_launch, part_of, parts_of, split_count
 
 SCALE_BLOCK = 128
 
@@ -44,6 +45,7 @@ def _scaled_linear(
     W_STEP: tl.constexpr,
     BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,7 +57,9 @@ def _scaled_linear(
     x_at = x_ptr + rows.to(tl.int64)[:, None] * k + deep[None, :]
     w_at = w_ptr + columns.to(tl.int64)[None, :] * k + deep[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INT8 and not BLOCKS else tl.float32)
-    for start in range(0, k, BLOCK_K):
+    first_step, last_step = part_of(tl.cdiv(k, BLOCK_K), tl.program_id(1), SPLITS)
+    for step in range(first_step, last_step):
+        start = step * BLOCK_K
         x_mask, w_mask = (rows < m)[:, None], (columns < n)[None, :]
         if not EVEN_K:
             x_mask, w_mask = x_mask & (start + deep < k)[None, :], w_mask & (start + deep < k)[:, None]
@@ -76,7 +80,7 @@ def _scaled_linear(
         result = result * x_scale[:, None] * w_scale[None, :]
     if BIAS:
         result += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :]
+    out_at = out_ptr + (tl.program_id(1) * m + rows).to(tl.int64)[:, None] * n + columns[None, :]
     tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
@@ -85,28 +89,33 @@ def tile_rows(m: int) -> int:
     return min(128, max(16, int(triton.next_power_of_2(m)))) if target().backend != "interpreter" else 16
 
 
-def scaled_launch(
+def scaled_launches(
     x: torch.Tensor,
     w: torch.Tensor,
     x_scales: torch.Tensor,
     w_scales: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-) -> Launch:
-    """The launch of one product; scales of two dimensions mean blocks."""
+) -> list[Launch]:
+    """The launches of one product, one or with k shared out two; scales of two dimensions mean blocks."""
     (m, k), n = x.shape, w.shape[0]
     blocks = x_scales.dim() == 2
     native = x.dtype is torch.int8 or target().has_fp8
     block_m = tile_rows(m)
-    block_n = 128 if block_m >= 64 and (native or target().arch != 80) else 64
+    block_n = 128 if block_m > 64 and (native or target().arch != 80) else 64
     block_k = SCALE_BLOCK if native or block_m < 64 else 64
+    if native and block_m <= 64 and not blocks:
+        block_k = 256  # few rows: the more of a weight's row at once, the better its memory is read
+    tiles = -(-m // block_m) * -(-n // block_n)
+    splits = split_count(tiles, -(-k // block_k))
+    parts = parts_of(out, splits)
     args = {
         "x_ptr": readable(x),
         "w_ptr": readable(w),
         "x_scales_ptr": x_scales,
         "w_scales_ptr": w_scales,
         "bias_ptr": out if bias is None else bias,
-        "out_ptr": out,
+        "out_ptr": parts,
         "m": m,
         "n": n,
         "k": k,
@@ -116,16 +125,17 @@ def scaled_launch(
         "BLOCKS": blocks,
         "X_STEP": int(x_scales.shape[0] == m and m > 1),
         "W_STEP": int(w_scales.shape[0] == n and n > 1),
-        "BIAS": bias is not None,
+        "BIAS": bias is not None and splits == 1,
         "EVEN_K": k % block_k == 0,
+        "SPLITS": splits,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
     }
-    tiles = -(-m // block_m) * -(-n // block_n)
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     stages = 3 if target().backend == "cuda" else 2
-    return Launch(_scaled_linear, (tiles,), args, constexprs, num_warps=warps, num_stages=stages)
+    product = Launch(_scaled_linear, (tiles, splits), args, constexprs, num_warps=warps, num_stages=stages)
+    return [product] if splits == 1 else [product, adding_launch(parts, bias, out)]
 
 
 def scaled_linear(
@@ -155,7 +165,8 @@ def scaled_linear(
     if bias is not None:
         require_dense("bias", bias, (n,), FLOATS, x)
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
-    scaled_launch(x, w, x_scales, w_scales, bias, out).run()
+    for launch in scaled_launches(x, w, x_scales, w_scales, bias, out):
+        launch.run()
     return out
 
 

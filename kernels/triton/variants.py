@@ -10,9 +10,10 @@ import torch
 from kernels.triton.activation import gated_launch
 from kernels.triton.blocks import move_launch
 from kernels.triton.decode_attention import decode_launches
+from kernels.triton.dequantize import dequantize_launch
 from kernels.triton.draw import draw_launch, top_launch
 from kernels.triton.embedding import embedding_launch
-from kernels.triton.group_linear import GroupQuantized, group_launch
+from kernels.triton.group_linear import GroupQuantized, group_launches
 from kernels.triton.kv_format import kv_format
 from kernels.triton.launch import Launch
 from kernels.triton.logit_edits import Edits, edit_launch
@@ -20,7 +21,7 @@ from kernels.triton.norm import norm_launch
 from kernels.triton.prefill_attention import prefill_launch
 from kernels.triton.quantize import quantize_launch
 from kernels.triton.rope import rope_launch
-from kernels.triton.scaled_linear import scaled_launch
+from kernels.triton.scaled_linear import scaled_launches
 
 DTYPE = torch.bfloat16
 KV_DTYPES = {"half": DTYPE, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -118,7 +119,7 @@ def scaled(dtype: torch.dtype, rows: int, blocks: bool = False) -> list[Launch]:
     x, w, out = empty(rows, HIDDEN, dtype=dtype), empty(MLP, HIDDEN, dtype=dtype), empty(rows, MLP)
     x_scales = empty(rows, HIDDEN // 128, dtype=torch.float32) if blocks else empty(rows, dtype=torch.float32)
     w_scales = empty(MLP // 128, HIDDEN // 128, dtype=torch.float32) if blocks else empty(MLP, dtype=torch.float32)
-    return [scaled_launch(x, w, x_scales, w_scales, None, out)]
+    return scaled_launches(x, w, x_scales, w_scales, None, out)
 
 
 def grouped(bits: int, group: int, rows: int, minima: bool = False) -> list[Launch]:
@@ -126,7 +127,13 @@ def grouped(bits: int, group: int, rows: int, minima: bool = False) -> list[Laun
     table = empty(MLP, HIDDEN // group, dtype=torch.float16)
     codes = empty(MLP, HIDDEN * bits // 8, dtype=torch.uint8)
     weight = GroupQuantized(bits, group, codes, table, table if minima else None)
-    return [group_launch(empty(rows, HIDDEN), weight, None, empty(rows, MLP))]
+    return group_launches(empty(rows, HIDDEN), weight, None, empty(rows, MLP))
+
+
+def dequantized(bits: int, group: int) -> list[Launch]:
+    """A weight written out in 16 bits."""
+    codes, table = empty(MLP, HIDDEN * bits // 8, dtype=torch.uint8), empty(MLP, HIDDEN // group, dtype=torch.float16)
+    return [dequantize_launch(codes, table, None, bits, group, empty(MLP, HIDDEN))]
 
 
 def quantized(dtype: torch.dtype, group: int) -> list[Launch]:
@@ -169,9 +176,11 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "product fp8 in blocks, 2048 rows": lambda: scaled(torch.float8_e4m3fn, TOKENS, True),
     "product 4-bit weights, groups of 128, 16 rows": lambda: grouped(4, 128, 16),
     "product 4-bit weights, groups of 32, minima, 16 rows": lambda: grouped(4, 32, 16, True),
-    "product 4-bit weights, groups of 128, 2048 rows": lambda: grouped(4, 128, TOKENS),
+    "product 4-bit weights, groups of 128, 64 rows": lambda: grouped(4, 128, 64),
     "product 8-bit weights, groups of 128, 16 rows": lambda: grouped(8, 128, 16),
-    "product 8-bit weights, groups of 32, 2048 rows": lambda: grouped(8, 32, TOKENS),
+    "product 8-bit weights, groups of 32, 64 rows": lambda: grouped(8, 32, 64),
+    "4-bit weights written out, groups of 128": lambda: dequantized(4, 128),
+    "8-bit weights written out, groups of 32": lambda: dequantized(8, 32),
     "blocks copied": lambda: blocks("copy"),
     "blocks gathered": lambda: blocks("gather"),
     "blocks scattered": lambda: blocks("scatter"),

@@ -7,7 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels.triton.group_linear import GroupQuantized, group_linear, group_linear_reference, pack_pairs, unpack_pairs
+from kernels.triton.group_linear import (
+    GroupQuantized,
+    group_linear,
+    group_linear_reference,
+    pack_pairs,
+    unpack_pairs,
+    written_out,
+)
 from kernels.triton.quantize import quantize, quantize_reference
 from kernels.triton.scaled_linear import scaled_linear, scaled_linear_reference
 from tandem.errors import InternalError
@@ -81,6 +88,31 @@ def test_group_linear(bits: int, minima: bool, group: int, k: int) -> None:
         tolerance = 2e-5 if dtype is torch.float32 else 1e-2
         expected = group_linear_reference(x, weight, bias)
         torch.testing.assert_close(group_linear(x, weight, bias).float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("minima", [False, True])
+@pytest.mark.parametrize(("group", "k"), [(32, 96), (128, 384)])
+def test_weights_written_out(bits: int, minima: bool, group: int, k: int) -> None:
+    weight = grouped(bits, group, 70, k, minima)
+    torch.testing.assert_close(written_out(weight, torch.float32), weight.dequantized(), rtol=1e-6, atol=1e-6)
+
+
+def test_many_rows_multiply_a_weight_that_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x, bias = grouped(4, 32, 70, 96, True), random(18, 96), random(70)
+    few = group_linear(x, weight, bias)
+    monkeypatch.setattr("kernels.triton.group_linear.MANY_ROWS", 18)
+    monkeypatch.setattr("kernels.triton.group_linear.group_launches", None)
+    torch.testing.assert_close(group_linear(x, weight, bias), few, rtol=2e-5, atol=2e-5)
+
+
+def test_parts_of_k_are_added_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where some parts have no step at all."""
+    weight, x, bias = grouped(4, 32, 70, 32 * 9, True), random(3, 32 * 9), random(70)
+    expected = group_linear_reference(x, weight, bias)
+    for parts in (1, 2, 4):
+        monkeypatch.setattr("kernels.triton.group_linear.split_count", lambda tiles, steps, parts=parts: parts)
+        torch.testing.assert_close(group_linear(x, weight, bias), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_pairs_are_packed_and_unpacked() -> None:
