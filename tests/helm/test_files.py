@@ -25,6 +25,7 @@ from chart_files import (
 
 import decode_service.metrics
 import prefill_service.metrics
+from engine import config
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.pairing import Pairing
@@ -183,3 +184,11 @@ def test_the_dashboard_shows_what_it_is_for() -> None:
 def test_there_is_an_example_of_each_kind() -> None:
     names = {path.stem.removesuffix("-values") for path in EXAMPLES}
     assert names >= {"cpu-demo", "gpu", "rdma", "mtls", "keda", "pvc"}
+
+
+def test_engines_take_what_the_chart_lets_through() -> None:
+    """A choice that an engine doesn't know would end each pod."""
+    schema = json.loads((CHART / "values.schema.json").read_text("utf-8"))["properties"]["engine"]["properties"]
+    assert set(schema["compute"]["enum"]) <= set(config.COMPUTES)
+    assert set(schema["dtype"]["enum"]) <= set(config.DTYPES)
+    assert set(schema["kvDtype"]["enum"]) <= set(config.KV_DTYPES)
