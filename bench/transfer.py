@@ -8,7 +8,8 @@ generations and commit; only the engines are missing. A prompt's blocks are read
 answered. `read_gb_per_s` is the transport alone: one copy of the same blocks, generations checked before and after.
 
 Each run takes turns: memory copy (one thread), bare NIXL agent, then each transport. Figures are medians; `of_copy`
-(ms beside the memory copy) and `of_bare` (read beside the bare agent) are medians of the runs' ratios. Both pools were
+(ms beside the memory copy), `of_bare` (read beside the bare agent, which takes no checksums) and `of_checked` (beside
+the bare agent and the same checksums after it, in one thread) are medians of the runs' ratios. Both pools were
 touched before, as those of workers that have served a while.
 """
 
@@ -49,6 +50,7 @@ SHORT_NAMES = {
     "copy_gb_per_s": "copy",
     "of_copy": "/ copy",
     "of_bare": "/ bare",
+    "of_checked": "/ checked",
 }
 """Columns of the printed table."""
 
@@ -57,10 +59,13 @@ Row = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Seconds of one run; `bare` is 0 without NIXL, a read is 0 where bytes ride in the stream."""
+    """Seconds of one run; `bare` and `checks` (of the blocks that it read) are 0 without NIXL, a read is 0 where bytes
+    ride in the stream.
+    """
 
     copy: float
     bare: float
+    checks: float
     transports: Mapping[str, float]
     reads: Mapping[str, float]
 
@@ -79,6 +84,7 @@ def rows_of(tokens: int, nbytes: int, samples: Sequence[Sample]) -> list[Row]:
         seconds = statistics.median(sample.transports[name] for sample in samples)
         read = statistics.median(sample.reads[name] for sample in samples)
         of_bare = [sample.bare / sample.reads[name] for sample in samples] if name == "nixl" else []
+        of_checked = [(s.bare + s.checks) / s.reads[name] for s in samples] if name == "nixl" else []
         rows.append(
             {
                 "transport": name,
@@ -90,6 +96,7 @@ def rows_of(tokens: int, nbytes: int, samples: Sequence[Sample]) -> list[Row]:
                 "copy_gb_per_s": round(nbytes / copy / 1e9, 2),
                 "of_copy": round(statistics.median(s.copy / s.transports[name] for s in samples), 2),
                 "of_bare": round(statistics.median(of_bare), 2) if of_bare else None,
+                "of_checked": round(statistics.median(of_checked), 2) if of_checked else None,
             }
         )
     return rows
@@ -99,7 +106,7 @@ def misses(rows: Sequence[Row]) -> list[str]:
     """Which musts a run misses, in words; empty: none."""
     said = []
     for row in rows:
-        for name, key, least in (("shm", "of_copy", SHM_OF_COPY), ("nixl", "of_bare", NIXL_OF_BARE)):
+        for name, key, least in (("shm", "of_copy", SHM_OF_COPY), ("nixl", "of_checked", NIXL_OF_BARE)):
             value = row[key]
             large = int(str(row["tokens"])) >= LARGE_TOKENS
             if row["transport"] == name and large and isinstance(value, float) and value < least:
@@ -123,11 +130,12 @@ async def measure(
 
 
 async def _sample(
-    end: ReceivingEnd, transports: Sequence[str], tokens: int, blocks: int, copy: Timed, bare: Timed | None
+    end: ReceivingEnd, transports: Sequence[str], tokens: int, blocks: int, copy: Timed, bare: BareNixl | None
 ) -> Sample:
     return Sample(
         copy(blocks),
         bare(blocks) if bare is not None else 0.0,
+        bare.checks(blocks) if bare is not None else 0.0,
         {name: await end.transfer(name, tokens) for name in transports},
         {name: end.read(name, tokens) for name in transports},
     )
