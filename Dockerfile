@@ -26,11 +26,16 @@ RUN apt-get update \
     && python3 -m venv /opt/tandem
 ENV PATH=/opt/tandem/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY constraints.txt pyproject.toml README.md ./
+COPY constraints.txt ./
+
+# Apart, so that the layers of packages stay as long as this list does.
+FROM build AS needed
+COPY pyproject.toml ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" >needed.txt
 
 FROM build AS build-cpu
 ARG TORCH_INDEX_URL=
+COPY --from=needed /src/needed.txt ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     if [ -n "$TORCH_INDEX_URL" ]; then pip install --no-deps --index-url "$TORCH_INDEX_URL" -c constraints.txt torch; fi \
     && pip install -c constraints.txt -r needed.txt \
@@ -41,6 +46,7 @@ COPY . .
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf pip install --no-deps .
 
 FROM build AS build-cuda
+COPY --from=needed /src/needed.txt ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install -c constraints.txt -r needed.txt triton \
     && pip install --no-deps nixl-cu12==1.5.1 \
