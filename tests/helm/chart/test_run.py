@@ -32,12 +32,12 @@ from tandem.record import FinishReason
 
 COMPONENTS = ("prefill", "decode", "gateway")
 SMALL = {
-    "longestGenerationSeconds": 60,
-    "gateway": {"replicas": 1, "drainSeconds": 60, "preStopSeconds": 1},
+    "longestGenerationSeconds": 300,
+    "gateway": {"replicas": 1, "drainSeconds": 300, "preStopSeconds": 1},
     "monitoring": {"podMonitor": {"enabled": True}, "rules": {"enabled": True}, "dashboard": {"enabled": True}},
     **{
         role: {
-            "drainSeconds": 60,
+            "drainSeconds": 300,
             "preStopSeconds": 1,
             "threads": 1,
             "kvMemory": 64 << 20,
