@@ -6,7 +6,8 @@
 
 Each round runs a workload once with `speculation: off` and once with the default, in turn. At batch 1 a rate is output
 tokens a second from the first token to the last; else it is output tokens a second of the whole group. Medians over
-rounds; the first round is not counted: it fills the prefix caches and teaches the worker what drafts are worth here.
+rounds; the first round is not counted: it teaches the worker what drafts are worth here. Each round of each way has a
+cache salt of its own: else drafts from past outputs would be the answers of the round before.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class Measured:
         }
 
 
-async def run_once(client: AsyncClient, workload: Workload, way: str) -> Round:
-    """All tasks, `at_once` of them at a time."""
+async def run_once(client: AsyncClient, workload: Workload, way: str, number: int = 0) -> Round:
+    """All tasks, `at_once` of them at a time; `number` is the round's."""
     limit = asyncio.Semaphore(workload.at_once)
 
     async def one(task: Task) -> GenerateResult:
@@ -90,6 +91,7 @@ async def run_once(client: AsyncClient, workload: Workload, way: str) -> Round:
                 seed=task.seed,
                 max_tokens=workload.max_tokens,
                 speculation=way,
+                cache_salt=f"{way} {number}",
             )
 
     began = time.perf_counter()
@@ -112,7 +114,7 @@ async def measure(gateway: str, chosen: Sequence[Workload], rounds: int) -> list
             measured = Measured(workload)
             for number in range(rounds + 1):
                 for way in WAYS if number % 2 else reversed(WAYS):
-                    result = await run_once(client, workload, way)
+                    result = await run_once(client, workload, way, number)
                     if number:
                         measured.rounds[way].append(result)
             check_equal(measured.rounds)

@@ -8,9 +8,13 @@ from typing import Final
 from decode_service.speculation.config import MAX_TOKENS, SpeculationConfig
 from decode_service.speculation.ngram import NgramProposer
 from decode_service.speculation.proposer import Proposer
+from decode_service.speculation.suffix import SuffixProposer
 from tandem.errors import ConfigError
 
-FACTORIES: Final[dict[str, Callable[[], Proposer]]] = {NgramProposer.name: NgramProposer}
+FACTORIES: Final[dict[str, Callable[[], Proposer]]] = {
+    NgramProposer.name: NgramProposer,
+    SuffixProposer.name: SuffixProposer,
+}
 """In order of preference where drafts are equally good. Those in here need nothing but the tokens."""
 
 

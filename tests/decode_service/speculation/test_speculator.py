@@ -12,6 +12,7 @@ from decode_service.speculation.ngram import NgramProposer
 from decode_service.speculation.proposer import Ask, Draft, OutputKey
 from decode_service.speculation.registry import speculation
 from decode_service.speculation.speculator import PROBE_STEPS, Speculator, Want
+from decode_service.speculation.suffix import SuffixProposer
 from tandem.errors import ConfigError
 from tandem.record import SamplingParams, Speculation
 
@@ -121,11 +122,12 @@ def test_the_better_draft_wins_and_a_request_may_name_one() -> None:
 
 
 def test_flags_name_proposers() -> None:
-    (proposer,) = speculation("auto", 4).proposers
-    assert isinstance(proposer, NgramProposer)
+    ngram, suffix = speculation("auto", 4).proposers
+    assert isinstance(ngram, NgramProposer)
+    assert isinstance(suffix, SuffixProposer)
     assert speculation("off", 4).proposers == []
     assert [each.name for each in speculation("ngram, ngram", 4).proposers] == ["ngram"]
-    with pytest.raises(ConfigError, match="--speculation: 'magic' is not one of auto, off, ngram"):
+    with pytest.raises(ConfigError, match="--speculation: 'magic' is not one of auto, off, ngram, suffix"):
         speculation("ngram,magic", 4)
     with pytest.raises(ConfigError, match="--speculation-tokens: must be 1 to 64, got 0"):
         speculation("auto", 0)
