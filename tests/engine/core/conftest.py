@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from tiny_llama import save_tiny_llama
 
 from engine.config import EngineConfig
 from engine.loading import Engine, load_engine
 from kernels import dispatch
-
-VOCABULARY, WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 211, 64, 96, 2, 4, 2
 
 
 @pytest.fixture(params=dispatch.NAMES)
@@ -37,42 +34,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of a random two-layer Llama."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    generator = torch.Generator().manual_seed(5)
-
-    def weight(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * 0.2
-
-    head = WIDTH // HEADS
-    tensors = {"model.embed_tokens.weight": weight(VOCABULARY, WIDTH), "model.norm.weight": 1 + weight(WIDTH)}
-    for layer in range(LAYERS):
-        at = f"model.layers.{layer}."
-        tensors[at + "self_attn.q_proj.weight"] = weight(WIDTH, WIDTH)
-        tensors[at + "self_attn.k_proj.weight"] = weight(KV_HEADS * head, WIDTH)
-        tensors[at + "self_attn.v_proj.weight"] = weight(KV_HEADS * head, WIDTH)
-        tensors[at + "self_attn.o_proj.weight"] = weight(WIDTH, WIDTH)
-        tensors[at + "mlp.gate_proj.weight"] = weight(INNER, WIDTH)
-        tensors[at + "mlp.up_proj.weight"] = weight(INNER, WIDTH)
-        tensors[at + "mlp.down_proj.weight"] = weight(WIDTH, INNER)
-        tensors[at + "input_layernorm.weight"] = 1 + weight(WIDTH)
-        tensors[at + "post_attention_layernorm.weight"] = 1 + weight(WIDTH)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "eos_token_id": 2,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture
