@@ -81,6 +81,8 @@ def assemble(
     pool = BlockPool(
         identity.total_blocks, identity.layout.block_size, prefix_cache=parts.prefix_cache, generations=generations
     )
+    for borrower in parts.speculation.borrowers:
+        borrower.borrow(pool)
     speculator = Speculator(parts.speculation, parts.scheduler.vocab_size, StepCosts(parts.step_costs))
     worker = DecodeWorker(
         identity,

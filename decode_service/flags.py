@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from decode_service.speculation.config import DEFAULT_TOKENS, SpeculationConfig
-from decode_service.speculation.registry import FACTORIES, speculation
+from decode_service.speculation.registry import FACTORIES, MODEL_FLAGS, speculation
 from worker import flags
 
 MIXED_PREFILL_TOKENS = 64
@@ -19,6 +19,8 @@ class Flags(flags.Flags):
     mixed_prefill_tokens: int
     convert_kv_dtype: bool
     speculation: SpeculationConfig
+    draft_model: str | None
+    self_draft_layers: str | None
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
@@ -46,7 +48,7 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         "--speculation",
         default="auto",
         metavar="MODE",
-        help=f"who proposes drafts: auto, off, or names with commas between ({', '.join(FACTORIES)})",
+        help=f"who proposes drafts: auto, off, or names with commas between ({', '.join([*FACTORIES, *MODEL_FLAGS])})",
     )
     parser.add_argument(
         "--speculation-tokens",
@@ -60,10 +62,24 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         action="store_true",
         help="verify every draft at its full length, whatever it costs: for tests and measurements",
     )
+    parser.add_argument("--draft-model", metavar="PATH", help="a smaller model of the same vocabulary, to draft with")
+    parser.add_argument(
+        "--self-draft-layers",
+        metavar="LAYERS",
+        help="draft with the model's own layers: how many of them, or which, as 0-3,7,28-29; the others are skipped",
+    )
     values = parser.parse_args(argv)
+    given = {"draft": values.draft_model, "self": values.self_draft_layers}
     return Flags(
         **flags.common(values),
         mixed_prefill_tokens=values.mixed_prefill_tokens,
         convert_kv_dtype=values.convert_kv_dtype,
-        speculation=speculation(values.speculation, values.speculation_tokens, fixed=values.speculation_fixed),
+        speculation=speculation(
+            values.speculation,
+            values.speculation_tokens,
+            fixed=values.speculation_fixed,
+            models=[name for name, value in given.items() if value is not None],
+        ),
+        draft_model=values.draft_model,
+        self_draft_layers=values.self_draft_layers,
     )

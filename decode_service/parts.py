@@ -68,7 +68,15 @@ class Part:
             block_table=share.chain.table.blocks,
             samples=self._samples(),
             drafts=len(self.drafts),
+            output=self._output(),
         )
+
+    def _output(self) -> int | None:
+        """The output that this chain is of alone."""
+        if self.share.output is not None:
+            return self.share.output.index
+        live = self.request.live
+        return live[0].index if len(live) == 1 else None
 
     def _samples(self) -> list[SampleSpec]:
         drawing, drafts = self.drawing, self.drafts

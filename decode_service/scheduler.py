@@ -318,8 +318,9 @@ class Scheduler:
     def _want(part: Part, limit: int) -> Want:
         record, output = part.request.record, part.drawing[0]
         key = OutputKey(part.request.key, output.index)
-        tokens = output.state.token_ids
-        return Want(Ask(key, record.prompt, tokens, limit, record.sampling, record.cache_scope), record.speculation)
+        tokens, blocks = output.state.token_ids, part.share.chain.table.blocks
+        ask = Ask(key, record.prompt, tokens, limit, record.sampling, record.cache_scope, blocks)
+        return Want(ask, record.speculation)
 
     def _take(self, part: Part, slice_: Slice, drawn: list[SampledToken]) -> None:
         """One slice's share of `update`, but for the news."""

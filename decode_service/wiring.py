@@ -9,6 +9,8 @@ from decode_service.assembly import Parts, assemble
 from decode_service.config import SchedulerConfig
 from decode_service.flags import Flags
 from decode_service.speculation.calibration import measure
+from decode_service.speculation.config import SpeculationConfig
+from decode_service.speculation.model_proposers import with_models
 from engine.loading import Engine
 from worker import loading, process
 
@@ -19,23 +21,31 @@ class Loaded:
 
     engine: Engine
     costs: dict[int, float]
+    speculation: SpeculationConfig
 
 
 def load(flags: Flags) -> Loaded:
     """Load the model; blocking. Raises ConfigError."""
     engine = loading.load(flags)
     config = engine.engine_config
-    if not flags.speculation.proposers:
-        return Loaded(engine, {})
+    speculation = with_models(flags.speculation, flags, engine)
+    if not speculation.proposers:
+        return Loaded(engine, {}, speculation)
     most = config.context_limit(engine.model_config)
-    return Loaded(engine, measure(engine.runner, config.num_blocks, config.block_size, most))
+    return Loaded(engine, measure(engine.runner, config.num_blocks, config.block_size, most), speculation)
 
 
 def parts_of(
-    engine: Engine, flags: Flags, metrics_address: str, step_costs: Mapping[int, float] | None = None
+    engine: Engine,
+    flags: Flags,
+    metrics_address: str,
+    step_costs: Mapping[int, float] | None = None,
+    speculation: SpeculationConfig | None = None,
 ) -> Parts:
-    """A loaded engine's identity and limits. `step_costs`: seconds of its steps by their rows."""
-    speculation = flags.speculation
+    """A loaded engine's identity and limits. `step_costs`: seconds of its steps by their rows; `speculation`: with the
+    proposers that need a model.
+    """
+    speculation = flags.speculation if speculation is None else speculation
     identity = loading.identity_of(engine, flags, metrics_address)
     names = tuple(proposer.name for proposer in speculation.proposers)
     identity = replace(identity, convert_kv_dtype=flags.convert_kv_dtype, proposers=names)
@@ -58,6 +68,10 @@ async def serve(flags: Flags) -> int:
         flags,
         lambda: load(flags),
         lambda loaded, address, metrics, tls: assemble(
-            parts_of(loaded.engine, flags, address, loaded.costs), flags.listen, metrics, tls, flags.health
+            parts_of(loaded.engine, flags, address, loaded.costs, loaded.speculation),
+            flags.listen,
+            metrics,
+            tls,
+            flags.health,
         ),
     )

@@ -60,6 +60,8 @@ class Slice:
     With drafts: one for each of the last drafts + 1 rows, as if the drafts before it had been drawn."""
     drafts: int = 0
     """How many of `token_ids`, the last ones, are guesses at what will be drawn."""
+    output: int | None = None
+    """Which of the request's n outputs the sequence is; None: it is the prompt of several."""
 
     @property
     def end(self) -> int:

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.kv_cache import KVCache
 from engine.models.fused import FusedModel
 from engine.models.meta import ForwardMeta
+from engine.models.skipping import KeptCache
 from engine.models.transformer import Model
 from engine.sampler import greedy_rows, sample
 from kernels.blocks import copy_blocks
@@ -23,7 +24,7 @@ from tandem.record import SamplingParams
 class Runner:
     """A `StepRunner` on the CPU. Called from one thread."""
 
-    def __init__(self, model: Model | FusedModel, kv_cache: KVCache, engine_config: EngineConfig) -> None:
+    def __init__(self, model: Model | FusedModel, kv_cache: KVCache | KeptCache, engine_config: EngineConfig) -> None:
         """All three belong together: see `engine.loading.load_engine`."""
         self.model = model
         self._kv = kv_cache

@@ -299,9 +299,9 @@ struct Gate {
 };
 
 // Where a layer's keys and values are.
-KvBlocks blocks_of(const StepArgs& s, const LayerArgs& layer, int64_t index) {
-    return {(char*)s.cache + index * s.layer_stride * element_bytes(s.format),
-            s.scales ? s.scales + index * s.scales_layer_stride : nullptr,
+KvBlocks blocks_of(const StepArgs& s, const LayerArgs& layer) {
+    return {(char*)s.cache + layer.cache_layer * s.layer_stride * element_bytes(s.format),
+            s.scales ? s.scales + layer.cache_layer * s.scales_layer_stride : nullptr,
             s.block_stride, s.scales_block_stride, s.block_size, s.format, s.paired != 0, layer.key_scale, layer.value_scale};
 }
 
@@ -338,13 +338,13 @@ void rotate_and_cache(Walker& walker, const LayerArgs& layer, const KvBlocks& bl
     });
 }
 
-void layer_phases(Walker& walker, const LayerArgs& layer, int64_t index) {
+void layer_phases(Walker& walker, const LayerArgs& layer) {
     Run& run = walker.run;
     const ModelArgs& m = run.m;
     const Workspace& w = run.w;
     const int64_t tokens = run.s.tokens, row_chunk = chunk_of(tokens, walker.threads);
     const bool whole = w.inner.rest != nullptr;  // rows are quantised whole, not group by group where they are made
-    const KvBlocks blocks = blocks_of(run.s, layer, index);
+    const KvBlocks blocks = blocks_of(run.s, layer);
     walker.each(tokens, row_chunk, [&](int64_t t) { norm_row(run, layer.input_norm, t, t); });
     product(walker, layer.qkv, w.x, nullptr, tokens, 1, Store<false>{layer.qkv, w.qkv});
     rotate_and_cache(walker, layer, blocks);
@@ -363,7 +363,7 @@ void walk(Run& run, int threads, int me) {
     const ModelArgs& m = run.m;
     const StepArgs& s = run.s;
     walker.each(s.tokens, chunk_of(s.tokens, threads), [&](int64_t t) { embed(m, s.token_ids[t], run.w.residual + t * m.hidden); });
-    for (int64_t i = 0; i < m.num_layers; ++i) layer_phases(walker, m.layers[i], i);
+    for (int64_t i = 0; i < m.num_layers; ++i) layer_phases(walker, m.layers[i]);
     if (s.num_rows == 0) return;
     walker.each(s.num_rows, 1, [&](int64_t r) { norm_row(run, m.final_norm, s.rows[r], r); });
     Largest* largest = s.greedy ? run.largest.data() + walker.me * s.num_rows : nullptr;

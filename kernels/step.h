@@ -13,6 +13,7 @@ struct LayerArgs {
     int64_t window;                       // 0: none
     int64_t fine_down;                    // 1: down's input in 15 bits
     float key_scale, value_scale;         // what 8-bit keys and values are divided by; 0: each row's own
+    int64_t cache_layer;                  // which layer of the cache is this one's
 };
 
 struct ModelArgs {

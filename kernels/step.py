@@ -110,6 +110,7 @@ class _LayerArgs(ctypes.Structure):
         ("fine_down", ctypes.c_int64),
         ("key_scale", ctypes.c_float),
         ("value_scale", ctypes.c_float),
+        ("cache_layer", ctypes.c_int64),
     )
 
 
@@ -184,16 +185,19 @@ class Step:
         table: torch.Tensor | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        cache_layers: Sequence[int] | None = None,
     ) -> None:
         """`table` [V, W] float32 or bfloat16 holds the embeddings; None: the head's weight does. `cos`, `sin` float32
-        [positions, rotary_dim / 2].
+        [positions, rotary_dim / 2]. `cache_layers` says which layer of the cache is each layer's; None: in order.
 
         Raises InternalError for a shape that it can't run.
         """
         if (reason := shape.why_not()) is not None:
             raise InternalError(reason)
-        self._keep = (tuple(layers), final_norm, head, table, cos, sin)  # what the pointers below point into
-        self._layers = (_LayerArgs * len(layers))(*(_layer_args(layer) for layer in layers))
+        places = range(len(layers)) if cache_layers is None else cache_layers
+        self._keep = (shape, tuple(layers), final_norm, head, table, cos, sin)  # what the pointers below point into
+        self._layers = (_LayerArgs * len(layers))(*map(_layer_args, layers, places))
+        self._cache_layers = max(places) + 1
         self._model = _ModelArgs(
             self._layers,
             len(layers),
@@ -217,6 +221,11 @@ class Step:
         self._vocabulary = shape.vocabulary
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, shape.vocabulary)
+
+    def keeping(self, layers: Sequence[int]) -> Step:
+        """A step of the same weights with no other than `layers` (places, rising) and their layers of the cache."""
+        shape, every, final_norm, head, table, cos, sin = self._keep
+        return Step(shape, [every[place] for place in layers], final_norm, head, table, cos, sin, cache_layers=layers)
 
     def run(
         self,
@@ -246,6 +255,8 @@ class Step:
         """
         check_order(order, cache.dtype, cache.shape[4], cache.shape[5])
         _check_cache(cache, cache_scales)
+        if cache.shape[1] < self._cache_layers:
+            raise InternalError(f"a cache of {cache.shape[1]} layers is too small for layer {self._cache_layers - 1}")
         if greedy is not None or best is not None:
             _check_greedy(greedy, best, rows.shape[0])
         logits = self._logits_of(rows.shape[0])
@@ -308,7 +319,7 @@ def _check_greedy(greedy: torch.Tensor | None, best: torch.Tensor | None, rows: 
     check.vector("best", best, torch.int64, rows)
 
 
-def _layer_args(layer: StepLayer) -> _LayerArgs:
+def _layer_args(layer: StepLayer, cache_layer: int) -> _LayerArgs:
     def pointer(tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
             return None
@@ -327,4 +338,5 @@ def _layer_args(layer: StepLayer) -> _LayerArgs:
         layer.window or 0,
         layer.fine_down,
         *(layer.kv_scales or (0.0, 0.0)),
+        cache_layer,
     )

@@ -20,10 +20,10 @@ _HUB_TEXT_FILES = ["*.json", "*.model", "*.jinja"]
 _HUB_FILES = [*_HUB_TEXT_FILES, "*.safetensors"]
 
 
-def resolve_model(name: str, *, weights: bool = True) -> Path:
+def resolve_model(name: str, *, weights: bool = True, flag: str = "--model") -> Path:
     """The path that `default`, PATH or hub:ORG/NAME stands for; without `weights` the hub's are left there.
 
-    Raises ConfigError when there is none.
+    Raises ConfigError naming `flag` when there is none.
     """
     if name == "default":
         return default_model()
@@ -31,9 +31,7 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
         return _from_hub(name.removeprefix("hub:"), _HUB_FILES if weights else _HUB_TEXT_FILES)
     path = Path(name).expanduser()
     if not name or not path.exists():
-        raise ModelFormatError(
-            f"--model: no such file or folder {name!r}; allowed are default, a path, or hub:ORG/NAME"
-        )
+        raise ModelFormatError(f"{flag}: no such file or folder {name!r}; allowed are default, a path, or hub:ORG/NAME")
     return path.resolve()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from decode_service.speculation import policy
@@ -19,6 +19,8 @@ MEMORY: Final = 0.9
 PROBE_STEPS: Final = 128
 """A costly proposer that doesn't pay is asked once in so many steps all the same."""
 PROBE_TOKENS: Final = 3
+CATCH_UP_STEPS: Final = 8
+"""Steps after a probe that brought nothing, since the proposer has to catch up with the output, to the next."""
 
 
 @dataclass(slots=True)
@@ -41,9 +43,12 @@ class Candidate:
 class Asker:
     """One proposer with what asking it costs."""
 
-    def __init__(self, proposer: Proposer, acceptance: Acceptance, vocab_size: int, margin: float) -> None:
-        """`acceptance` is shared with the other proposers."""
+    def __init__(
+        self, proposer: Proposer, acceptance: Acceptance, vocab_size: int, margin: float, *, always: bool = False
+    ) -> None:
+        """`acceptance` is shared with the other proposers. `always`: ask also where that isn't expected to pay."""
         self.proposer = proposer
+        self._always = always or proposer.cheap
         self.counts = Counts()
         self._acceptance = acceptance
         self._vocab_size = vocab_size
@@ -51,16 +56,20 @@ class Asker:
         self._round = 0.0
         """Seconds of one token more for every output that is asked for; 0 until measured."""
         self._idle = 0
+        self._probing = False
 
     def candidates(self, asks: Sequence[tuple[int, Ask]], outputs: int, cost: Cost) -> list[Candidate]:
         """Drafts for `asks`, each with its place."""
-        if not self.proposer.cheap:
+        if not self._always:
             asks = self._worth(asks, outputs, cost)
         if not asks:
             return []
         drafts = self._propose([ask for _, ask in asks])
         made = [self._candidate(place, ask, draft) for (place, ask), draft in zip(asks, drafts, strict=True)]
-        return [candidate for candidate in made if candidate is not None]
+        found = [candidate for candidate in made if candidate is not None]
+        if self._probing and not found:
+            self._idle = PROBE_STEPS - CATCH_UP_STEPS
+        return found
 
     def _worth(self, asks: Sequence[tuple[int, Ask]], outputs: int, cost: Cost) -> Sequence[tuple[int, Ask]]:
         """Those whose drafts are expected to pay for their making too, each with the limit that pays best."""
@@ -71,13 +80,14 @@ class Asker:
             return cost(drafts) + self._round * -(-drafts // len(asks))
 
         wanted = policy.lengths(chances, outputs, with_making, self._margin) if asks else []
+        self._probing = False
         if any(wanted):
             self._idle = 0
             return [(at, _limited(ask, most)) for (at, ask), most in zip(asks, wanted, strict=True) if most]
         self._idle += bool(asks)
         if self._idle < PROBE_STEPS:
             return []
-        self._idle = 0
+        self._idle, self._probing = 0, True
         return [(place, _limited(ask, PROBE_TOKENS)) for place, ask in asks[:1]]
 
     def _propose(self, asks: list[Ask]) -> Sequence[Draft]:
@@ -108,4 +118,4 @@ class Asker:
 
 
 def _limited(ask: Ask, most: int) -> Ask:
-    return Ask(ask.key, ask.prompt, ask.output, min(ask.limit, most), ask.params, ask.scope)
+    return replace(ask, limit=min(ask.limit, most))

@@ -42,6 +42,8 @@ class Ask:
     a proposer with a model may draw with it too, and then agrees more often."""
     scope: str = ""
     """The request's cache scope. What is learned from one output may be shown only to outputs of the same scope."""
+    blocks: Sequence[int] = ()
+    """Where the target has cached every token but the last, in order; for reading only."""
 
 
 @dataclass(frozen=True, slots=True)

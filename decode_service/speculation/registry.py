@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from decode_service.speculation.config import MAX_TOKENS, SpeculationConfig
@@ -18,12 +18,25 @@ FACTORIES: Final[dict[str, Callable[[], Proposer]]] = {
 """In order of preference where drafts are equally good. Those in here need nothing but the tokens."""
 
 
-def speculation(mode: str, max_tokens: int, *, fixed: bool = False) -> SpeculationConfig:
-    """What the flags say. `mode`: "auto" (all proposers), "off", or names with commas between. Raises ConfigError."""
+MODEL_FLAGS: Final = {"draft": "--draft-model", "self": "--self-draft-layers"}
+"""Those that need a model, and the flag that gives it; in order of preference after the others."""
+
+
+def speculation(mode: str, max_tokens: int, *, fixed: bool = False, models: Collection[str] = ()) -> SpeculationConfig:
+    """What the flags say. `mode`: "auto" (all proposers), "off", or names with commas between; `models`: which of
+    MODEL_FLAGS' flags are there. Raises ConfigError.
+    """
     if not 1 <= max_tokens <= MAX_TOKENS:
         raise ConfigError(f"--speculation-tokens: must be 1 to {MAX_TOKENS}, got {max_tokens}")
-    names = {"auto": list(FACTORIES), "off": []}.get(mode, [name.strip() for name in mode.split(",")])
+    here = [*FACTORIES, *(name for name in MODEL_FLAGS if name in models)]
+    names = {"auto": here, "off": []}.get(mode, [name.strip() for name in mode.split(",")])
     for name in names:
-        if name not in FACTORIES:
-            raise ConfigError(f"--speculation: {name!r} is not one of auto, off, {', '.join(FACTORIES)}")
-    return SpeculationConfig([FACTORIES[name]() for name in dict.fromkeys(names)], max_tokens, fixed)
+        if name not in here and name in MODEL_FLAGS:
+            raise ConfigError(f"--speculation: {name} needs {MODEL_FLAGS[name]}")
+        if name not in here:
+            raise ConfigError(
+                f"--speculation: {name!r} is not one of auto, off, {', '.join([*FACTORIES, *MODEL_FLAGS])}"
+            )
+    names = list(dict.fromkeys(names))
+    proposers = [FACTORIES[name]() for name in names if name in FACTORIES]
+    return SpeculationConfig(proposers, max_tokens, fixed, models=[name for name in names if name in MODEL_FLAGS])

@@ -72,7 +72,8 @@ class Speculator:
         self.costs = costs if costs is not None else StepCosts()
         self._acceptance = Acceptance()
         self._askers = {
-            proposer.name: Asker(proposer, self._acceptance, vocab_size, MARGIN) for proposer in config.proposers
+            proposer.name: Asker(proposer, self._acceptance, vocab_size, MARGIN, always=config.fixed)
+            for proposer in config.proposers
         }
         self._proposed: dict[OutputKey, str] = {}
         """Whose draft each output was given last."""

@@ -142,6 +142,20 @@ def read_header(file: MappedFile) -> Header:
     return Header(fields, _read_directory(file, cursor, num_tensors, _alignment(file, fields)))
 
 
+def read_texts(file: MappedFile, key: str) -> list[str]:
+    """The array of strings `key`, however long, of a file that `read_header` accepts; empty when it is not there."""
+    cursor = _Cursor(file)
+    cursor.take(16)  # magic, version, number of tensors
+    for _ in range(cursor.number("<Q")):
+        if cursor.text() != key:
+            cursor.value()
+        elif (cursor.number("<I"), cursor.number("<I")) == (_ARRAY, _STRING):
+            return [cursor.text() for _ in range(cursor.number("<Q"))]
+        else:
+            raise ModelFormatError(f"{file.path}: {key} must be an array of strings")
+    return []
+
+
 def _alignment(file: MappedFile, fields: Mapping[str, Value]) -> int:
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):

@@ -118,6 +118,12 @@ from tandem.supervisor.supervisor import Supervisor
     "They never change a token, and are verified only as far as that is faster.  [default: auto]",
 )
 @click.option("--speculation-tokens", type=int, metavar="N", help="Most drafts a step.  [default: the workers']")
+@click.option("--draft-model", metavar="MODEL", help="A smaller model of the same vocabulary, to draft with.")
+@click.option(
+    "--self-draft-layers",
+    metavar="LAYERS",
+    help="Draft with the model's own layers: how many of them, or which, as 0-3,7,28-29; the others are skipped.",
+)
 @click.option("--speculation-fixed", is_flag=True, help="Verify drafts whatever they cost: for tests and measurements.")
 @click.option(
     "--local-prefill-threshold",
@@ -160,7 +166,7 @@ from tandem.supervisor.supervisor import Supervisor
     help="What workers log to stderr.",
 )
 @click.option("--ask", metavar="QUESTION", help="Once it serves, ask the model this and print the answer.")
-def command(model: str, gateway: str, http: str, ask: str | None, **flags: Any) -> None:
+def command(model: str, gateway: str, http: str, ask: str | None, draft_model: str | None, **flags: Any) -> None:
     """Start gateway, prefill and decode on this machine and keep them running until Ctrl-C.
 
     Prints one line `ready gateway=HOST:PORT http=HOST:PORT` when it serves. A worker that dies is restarted.
@@ -172,6 +178,7 @@ def command(model: str, gateway: str, http: str, ask: str | None, **flags: Any) 
         model=resolve_model(model),
         gateway=parse(gateway, flag="--gateway"),
         http=parse(http, flag="--http"),
+        draft_model=None if draft_model is None else resolve_model(draft_model, flag="--draft-model"),
         **flags,
     )
     asyncio.run(_run(settings, ask))

@@ -65,6 +65,8 @@ class UpSettings:
     speculation: str | None = None
     speculation_tokens: int | None = None
     speculation_fixed: bool = False
+    draft_model: Path | None = None
+    self_draft_layers: str | None = None
     local_prefill_threshold: int | None = None
     max_queue: int | None = None
     default_timeout: float | None = None
@@ -128,7 +130,12 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
     }
     decode = role == "decode"
     if decode:
-        values |= {"--speculation": settings.speculation, "--speculation-tokens": settings.speculation_tokens}
+        values |= {
+            "--speculation": settings.speculation,
+            "--speculation-tokens": settings.speculation_tokens,
+            "--draft-model": settings.draft_model,
+            "--self-draft-layers": settings.self_draft_layers,
+        }
     switches = {
         "--no-prefix-cache": not settings.prefix_cache,
         "--no-share-weights": not settings.share_weights,

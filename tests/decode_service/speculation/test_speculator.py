@@ -107,6 +107,18 @@ def test_a_costly_proposer_is_asked_for_as_much_as_pays() -> None:
     assert len(proposer.asked) - asked < 120
 
 
+def test_a_costly_proposer_that_has_to_catch_up_is_asked_again_soon() -> None:
+    proposer = Steady(cheap=False, right=0)
+    spec = speculator(proposer, slope=0.5)
+    for _ in range(2 * PROBE_STEPS):
+        step(spec, 0.5)
+    propose, asked = proposer.propose, len(proposer.asked)
+    proposer.propose = lambda asks: [Draft() for _ in propose(asks)]  # type: ignore[method-assign]
+    for _ in range(16 * PROBE_STEPS):  # of which it rests seven in eight
+        step(spec, 0.5)
+    assert len(proposer.asked) - asked > 8
+
+
 def test_the_better_draft_wins_and_a_request_may_name_one() -> None:
     spec = speculator(Steady("good", right=8), Steady("bad", right=0))
     for _ in range(60):
@@ -127,7 +139,17 @@ def test_flags_name_proposers() -> None:
     assert isinstance(suffix, SuffixProposer)
     assert speculation("off", 4).proposers == []
     assert [each.name for each in speculation("ngram, ngram", 4).proposers] == ["ngram"]
-    with pytest.raises(ConfigError, match="--speculation: 'magic' is not one of auto, off, ngram, suffix"):
+    with pytest.raises(ConfigError, match="--speculation: 'magic' is not one of auto, off, ngram, suffix, draft, self"):
         speculation("ngram,magic", 4)
     with pytest.raises(ConfigError, match="--speculation-tokens: must be 1 to 64, got 0"):
         speculation("auto", 0)
+
+
+def test_proposers_with_a_model_are_there_when_their_flag_is() -> None:
+    assert speculation("auto", 4).models == []
+    assert speculation("auto", 4, models={"self", "draft"}).models == ["draft", "self"]
+    only = speculation("draft,ngram", 4, models={"draft"})
+    assert ([each.name for each in only.proposers], only.models) == (["ngram"], ["draft"])
+    assert speculation("off", 4, models={"draft"}).models == []
+    with pytest.raises(ConfigError, match="--speculation: self needs --self-draft-layers"):
+        speculation("self", 4, models={"draft"})

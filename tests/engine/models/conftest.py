@@ -44,9 +44,9 @@ class Driver:
     engine: EngineConfig
     blocks_each: int
 
-    def run(self, prompts: Sequence[Sequence[int]], chunk: int) -> list[Tensor]:
+    def run(self, prompts: Sequence[Sequence[int]], chunk: int, cache: Any = None) -> list[Tensor]:
         """Logits [len, V] of each prompt, all prompts side by side, at most `chunk` tokens of each per step."""
-        cache = BareCache(self.model.config, self.engine)
+        cache = BareCache(self.model.config, self.engine) if cache is None else cache
         pieces: list[list[Tensor]] = [[] for _ in prompts]
         for start in range(0, max(map(len, prompts)), chunk):
             live = [s for s, prompt in enumerate(prompts) if start < len(prompt)]
@@ -77,6 +77,12 @@ class Driver:
             query_starts=torch.tensor(starts, dtype=torch.int32),
             context_lens=torch.tensor([b for _, _, b in spans], dtype=torch.int32),
         )
+
+
+@pytest.fixture
+def make_cache() -> Callable[[ModelConfig, EngineConfig], BareCache]:
+    """`make_cache(model config, engine config)`, for `Driver.run`."""
+    return BareCache
 
 
 MakeDriver = Callable[..., Driver]

@@ -1,0 +1,82 @@
+"""The proposers that need a model, around a loaded engine. The one module of this package that imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Final
+
+from decode_service.flags import Flags
+from decode_service.speculation.config import Borrower, SpeculationConfig
+from decode_service.speculation.draft import DraftProposer
+from decode_service.speculation.draft_memory import BorrowedMemory, OwnMemory
+from decode_service.speculation.proposer import Proposer
+from engine.block_pool import BlockPool
+from engine.config import ModelConfig
+from engine.loading import Engine, load_engine, resolve
+from engine.models.skipping import KeptCache, keep_layers, parse_layers
+from engine.runner import Runner
+from engine.weights.checkpoint import read_config
+from engine.weights.vocabulary import check_same_vocabulary
+from tandem.errors import ConfigError, TandemError
+from tandem.service.logging import get_logger
+
+_log = get_logger(__name__)
+_SHARED_SETTINGS: Final = ("threads", "share_weights", "prefix_cache")
+"""Settings of the engine that the draft model's has too."""
+
+
+def with_models(config: SpeculationConfig, flags: Flags, engine: Engine) -> SpeculationConfig:
+    """`config` with the proposers named in `config.models`, loaded and warm; blocking.
+
+    Raises ConfigError, naming the flag: the draft model can't be read or has another vocabulary, the layers aren't
+    there.
+    """
+    made: list[Proposer] = []
+    borrowers: list[Borrower] = []
+    for name in config.models:
+        proposer, memory = _MAKERS[name](flags, engine)
+        made.append(proposer)
+        if isinstance(memory, BorrowedMemory):
+            borrowers.append(memory)
+    return replace(config, proposers=[*config.proposers, *made], borrowers=borrowers)
+
+
+def _draft(flags: Flags, engine: Engine) -> tuple[Proposer, OwnMemory]:
+    """A smaller model with as many KV blocks as the target has: so it lacks none while the target doesn't."""
+    path, target = str(flags.draft_model), engine.engine_config
+    try:
+        check_same_vocabulary(path, target.model, flag="--draft-model")
+        settings = {key: flags.engine[key] for key in _SHARED_SETTINGS}
+        # What computes the drafts fastest: their bits decide nothing.
+        settings |= {"model": path, "block_size": target.block_size, "num_blocks": target.num_blocks}
+        draft = load_engine(resolve(settings, read_config(path)))
+    except TandemError as error:
+        if isinstance(error, ConfigError) and error.message.startswith("--draft-model"):
+            raise
+        raise ConfigError(f"--draft-model: {error.message}") from error
+    draft.runner.warm_up()
+    _log.info("draft model", model=path, compute=draft.engine_config.compute, layers=draft.model_config.num_layers)
+    memory = OwnMemory(BlockPool(target.num_blocks, target.block_size, prefix_cache=target.prefix_cache))
+    return DraftProposer("draft", draft.runner, memory, _context(draft.model_config, engine)), memory
+
+
+def _self(flags: Flags, engine: Engine) -> tuple[Proposer, BorrowedMemory]:
+    """The target without some layers, over its own weights and KV."""
+    config = engine.engine_config
+    layers = parse_layers(str(flags.self_draft_layers), engine.model_config.num_layers, flag="--self-draft-layers")
+    cache = KeptCache(engine.kv_cache, layers)
+    runner = Runner(keep_layers(engine.runner.model, layers), cache, config)
+    runner.warm_up()
+    memory = BorrowedMemory()
+    return DraftProposer("self", runner, memory, config.context_limit(engine.model_config)), memory
+
+
+def _context(draft: ModelConfig, engine: Engine) -> int:
+    return min(draft.max_context, engine.engine_config.context_limit(engine.model_config))
+
+
+_MAKERS: Final[Mapping[str, Callable[[Flags, Engine], tuple[Proposer, OwnMemory | BorrowedMemory]]]] = {
+    "draft": _draft,
+    "self": _self,
+}
