@@ -23,7 +23,8 @@ enum ScaleType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 struct Coded {
     const uint8_t* codes;
     const void* scales;
-    const uint8_t* zeros;    // null: the middle of the codes
+    const uint8_t* zeros;    // null: the middle of the codes, or 0 where there are minima
+    const void* minima;      // added after scaling, of the scales' type; may be null
     const int32_t* order;    // which group each k belongs to; null: k / group
     const float* bias;
     int64_t n, k, groups, group;
@@ -71,20 +72,38 @@ inline void fp8_values(const uint8_t* codes, float* out) {
 struct Group {
     alignas(64) float scale[PANEL];
     alignas(64) float zero[PANEL];
+    alignas(64) float minimum[PANEL];
 };
+
+void widen(const void* numbers, int type, int64_t at, float* out) {
+    if (type == FLOAT32)
+        std::memcpy(out, (const float*)numbers + at, PANEL * sizeof(float));
+    else if (type == BFLOAT16)
+        for (int j = 0; j < PANEL; ++j) out[j] = bf16_to_float(((const uint16_t*)numbers)[at + j]);
+    else
+        for (int j = 0; j < PANEL; ++j) out[j] = half_to_float(((const uint16_t*)numbers)[at + j]);
+}
 
 template <int BITS>
 void read_group(const Coded& w, int64_t panel, int64_t g, Group& out) {
     const int64_t at = (panel * w.groups + g) * PANEL;
-    for (int j = 0; j < PANEL; ++j) {
-        if (w.scale_type == FLOAT32)
-            out.scale[j] = ((const float*)w.scales)[at + j];
-        else if (w.scale_type == BFLOAT16)
-            out.scale[j] = bf16_to_float(((const uint16_t*)w.scales)[at + j]);
-        else
-            out.scale[j] = half_to_float(((const uint16_t*)w.scales)[at + j]);
-        out.zero[j] = w.zeros ? (float)w.zeros[at + j] : (float)(1 << BITS >> 1);
+    const float middle = w.minima ? 0.0f : (float)(1 << BITS >> 1);
+    widen(w.scales, w.scale_type, at, out.scale);
+    if (w.minima) widen(w.minima, w.scale_type, at, out.minimum);
+    for (int j = 0; j < PANEL; ++j) out.zero[j] = w.zeros ? (float)w.zeros[at + j] : middle;
+}
+
+// Codes of one k as float32.
+template <int BITS>
+inline void values(const uint8_t* codes, const Group& group, bool with_minima, float* out) {
+    if (BITS == 0) {
+        fp8_values(codes, out);
+        for (int j = 0; j < PANEL; ++j) out[j] = out[j] * group.scale[j];
+    } else {
+        for (int j = 0; j < PANEL; ++j) out[j] = ((float)codes[j] - group.zero[j]) * group.scale[j];
     }
+    if (with_minima)
+        for (int j = 0; j < PANEL; ++j) out[j] = out[j] + group.minimum[j];
 }
 
 // Rows [k0, k0 + kn) of a panel as float32 [kn][64].
@@ -98,12 +117,7 @@ void expand(const Coded& w, int64_t panel, int64_t k0, int64_t kn, float* block)
         if (g != current) read_group<BITS>(w, panel, g, group), current = g;
         float* out = block + i * PANEL;
         unpack<BITS>(w.codes + (panel * w.k + k) * row_bytes(BITS), codes);
-        if (BITS == 0) {
-            fp8_values(codes, out);
-            for (int j = 0; j < PANEL; ++j) out[j] = out[j] * group.scale[j];
-        } else {
-            for (int j = 0; j < PANEL; ++j) out[j] = ((float)codes[j] - group.zero[j]) * group.scale[j];
-        }
+        values<BITS>(codes, group, w.minima != nullptr, out);
     }
 }
 
@@ -148,6 +162,25 @@ void pack(const uint8_t* codes, uint8_t* packed, int64_t n, int64_t k, int threa
     });
 }
 
+// Columns `ids` of the weight, as rows of `out` [count][k].
+template <int BITS>
+void columns(const Coded& w, const int64_t* ids, float* out, int64_t count) {
+    alignas(64) uint8_t codes[PANEL];
+    alignas(64) float row[PANEL];
+    Group group;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t panel = ids[i] / PANEL;
+        int64_t current = -1;
+        for (int64_t k = 0; k < w.k; ++k) {
+            const int64_t g = w.order ? w.order[k] : k / w.group;
+            if (g != current) read_group<BITS>(w, panel, g, group), current = g;
+            unpack<BITS>(w.codes + (panel * w.k + k) * row_bytes(BITS), codes);
+            values<BITS>(codes, group, w.minima != nullptr, row);
+            out[i * w.k + k] = row[ids[i] % PANEL];
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -169,5 +202,14 @@ void tandem_coded_linear(const float* x, const Coded* w, float* out, int64_t m, 
     if (w->bits == 3) return product<3>(*w, x, out, m, out_stride, threads);
     if (w->bits == 4) return product<4>(*w, x, out, m, out_stride, threads);
     product<8>(*w, x, out, m, out_stride, threads);
+}
+
+// Output columns `ids` as they are multiplied, float32 [count][k].
+void tandem_coded_columns(const Coded* w, const int64_t* ids, float* out, int64_t count) {
+    if (w->bits == 0) return columns<0>(*w, ids, out, count);
+    if (w->bits == 2) return columns<2>(*w, ids, out, count);
+    if (w->bits == 3) return columns<3>(*w, ids, out, count);
+    if (w->bits == 4) return columns<4>(*w, ids, out, count);
+    columns<8>(*w, ids, out, count);
 }
 }

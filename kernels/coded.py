@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -59,7 +59,9 @@ class CodedWeights:
     fp8: bool = False
     """Codes are e4m3 numbers: 8 bits, no zeros."""
     zeros: torch.Tensor | None = None
-    """None: 2 ** (bits - 1)."""
+    """None: 2 ** (bits - 1), or 0 where there are minima."""
+    minima: torch.Tensor | None = None
+    """[N, G] of the scales' type, added to each weight after scaling (GGUF's Q4_1); None: nothing is."""
     order: torch.Tensor | None = None
     """int32 [K]: the group of each input (`g_idx`); None: input k is of group k // `group`."""
     rounding: Rounding | None = None
@@ -68,14 +70,20 @@ class CodedWeights:
         """int64 [K]: the group of each input."""
         return torch.arange(self.codes.shape[1]) // self.group if self.order is None else self.order.long()
 
+    def chosen(self, ids: torch.Tensor) -> CodedWeights:
+        """Rows `ids` int64 of it."""
+        zeros, minima = (None if part is None else part[ids] for part in (self.zeros, self.minima))
+        return replace(self, codes=self.codes[ids], scales=self.scales[ids], zeros=zeros, minima=minima)
+
     def dequantized(self) -> torch.Tensor:
         """float32 [N, K]."""
         groups = self.groups()
         if self.fp8:
             return self.codes.view(FP8).float() * self.scales.float()[:, groups]
-        middle = float(1 << self.bits >> 1)
+        middle = float(1 << self.bits >> 1) if self.minima is None else 0.0
         zeros = middle if self.zeros is None else self.zeros.float()[:, groups]
-        return (self.codes.float() - zeros) * self.scales.float()[:, groups]
+        scaled = (self.codes.float() - zeros) * self.scales.float()[:, groups]
+        return scaled if self.minima is None else scaled + self.minima.float()[:, groups]
 
 
 class CodedArgs(ctypes.Structure):
@@ -85,6 +93,7 @@ class CodedArgs(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
+        ("minima", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int64),
@@ -109,6 +118,7 @@ class CodedLinear:
     rounding: Rounding | None
     panels: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
+    minima: torch.Tensor | None = None
     order: torch.Tensor | None = None
     weights: CodedWeights | None = None
 
@@ -116,12 +126,13 @@ class CodedLinear:
     def nbytes(self) -> int:
         """Bytes held."""
         codes = self.panels if self.weights is None else self.weights.codes
-        held = (codes, self.scales, self.zeros, self.order)
+        held = (codes, self.scales, self.zeros, self.minima, self.order)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def args(self, bias: torch.Tensor | None) -> CodedArgs:
         """For C++; holds pointers only."""
-        pointers = (t if t is None else t.data_ptr() for t in (self.panels, self.scales, self.zeros, self.order, bias))
+        tensors = (self.panels, self.scales, self.zeros, self.minima, self.order, bias)
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         scale_type = SCALE_DTYPES.index(self.scales.dtype)
         return CodedArgs(*pointers, self.n, self.k, self.scales.shape[1], self.group, self.bits, scale_type)
 
@@ -135,6 +146,8 @@ def _library() -> ctypes.CDLL:
     lib.tandem_coded_pack.argtypes, lib.tandem_coded_pack.restype = [pointer, pointer, i64, i64, i32, i32], None
     lib.tandem_coded_linear.argtypes = [pointer, ctypes.POINTER(CodedArgs), pointer, i64, i64, i32]
     lib.tandem_coded_linear.restype = None
+    lib.tandem_coded_columns.argtypes = [ctypes.POINTER(CodedArgs), pointer, pointer, i64]
+    lib.tandem_coded_columns.restype = None
     return lib
 
 
@@ -147,14 +160,14 @@ def pack_coded(weights: CodedWeights) -> CodedLinear:
     (n, k), bits = weights.codes.shape, 0 if weights.fp8 else weights.bits
     order = None if weights.order is None else weights.order.clone()
     if dispatch.select().name != "cpp":
-        return CodedLinear(
-            n, k, weights.group, bits, weights.scales, weights.rounding, None, weights.zeros, order, weights
-        )
+        held = (None, weights.zeros, weights.minima, order, weights)
+        return CodedLinear(n, k, weights.group, bits, weights.scales, weights.rounding, *held)
     lib = _library()
     panels = torch.zeros(lib.tandem_coded_bytes(n, k, bits), dtype=torch.uint8)
     lib.tandem_coded_pack(weights.codes.data_ptr(), panels.data_ptr(), n, k, bits, torch.get_num_threads())
-    zeros = None if weights.zeros is None else _by_panel(weights.zeros)
-    return CodedLinear(n, k, weights.group, bits, _by_panel(weights.scales), weights.rounding, panels, zeros, order)
+    zeros, minima = (None if part is None else _by_panel(part) for part in (weights.zeros, weights.minima))
+    scales = _by_panel(weights.scales)
+    return CodedLinear(n, k, weights.group, bits, scales, weights.rounding, panels, zeros, minima, order)
 
 
 def _by_panel(rows: torch.Tensor) -> torch.Tensor:
@@ -176,6 +189,9 @@ def _check(weights: CodedWeights) -> None:
         raise check.fail("scales", scales, f"float32, bfloat16 or float16 [{n}, groups]")
     if weights.zeros is not None and (weights.zeros.dtype is not torch.uint8 or weights.zeros.shape != scales.shape):
         raise check.fail("zeros", weights.zeros, f"uint8 {tuple(scales.shape)}")
+    minima = weights.minima
+    if minima is not None and (minima.dtype is not scales.dtype or minima.shape != scales.shape or weights.fp8):
+        raise check.fail("minima", minima, f"{scales.dtype} {tuple(scales.shape)}, of integer codes")
     if weights.order is None:
         if scales.shape[1] != -(-k // weights.group):
             raise check.fail("scales", scales, f"[{n}, {-(-k // weights.group)}]")
@@ -206,6 +222,22 @@ def coded_linear(
         return out.copy_(coded_linear_reference(x, packed.weights, bias))
     stride = out.stride(0) if m > 1 else packed.n
     _library().tandem_coded_linear(x.data_ptr(), packed.args(bias), out.data_ptr(), m, stride, torch.get_num_threads())
+    return out
+
+
+def coded_rows(packed: CodedLinear, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `ids` int64 [T] of the weight [N, K] as float32 [T, K]: for an LM head that is the embedding table too.
+
+    Raises InternalError for an id outside [0, n).
+    """
+    check.vector("ids", ids, torch.int64)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < packed.n:
+        raise InternalError(f"ids must be within [0, {packed.n})")
+    if packed.panels is None:
+        assert packed.weights is not None
+        return packed.weights.chosen(ids).dequantized()
+    out = torch.empty(ids.numel(), packed.k)
+    _library().tandem_coded_columns(packed.args(None), ids.data_ptr(), out.data_ptr(), ids.numel())
     return out
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kernels.coded import CodedLinear, coded_rows
 from kernels.embedding import embedding
 from kernels.linear import PackedLinear, weight_rows
 
@@ -40,3 +41,21 @@ class TiedEmbedding:
     def __call__(self, ids: Tensor) -> Tensor:
         """Rows of the table: int64 [T] -> float32 [T, W]. Raises InternalError for an id outside the vocabulary."""
         return weight_rows(self.head, ids)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedEmbedding:
+    """A table that stays a file's codes, be it the LM head's or its own."""
+
+    table: CodedLinear
+    shared: bool
+    """The LM head holds it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the LM head."""
+        return 0 if self.shared else self.table.nbytes
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Rows of the table: int64 [T] -> float32 [T, W]. Raises InternalError for an id outside the vocabulary."""
+        return coded_rows(self.table, ids)

@@ -2,7 +2,9 @@
 
 A few threads load a layer each, so the peak is the packed weights and the parts of one fused weight a thread. A tied LM
 head is packed once and serves as the embedding table too. bfloat16 weights stay bfloat16 in the packed form even with
-dtype float32: the kernels expand them exactly, so the result has the same bits at half the memory.
+dtype float32: the kernels expand them exactly, so the result has the same bits at half the memory. Likewise quantised
+weights stay their file's codes: those of safetensors whatever `compute` and dtype say, those of GGUF (Q4_0, Q4_1, Q8_0)
+with float32.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
 from engine.models.coded import CodedParts
-from engine.models.embedding import TableEmbedding, TiedEmbedding
+from engine.models.embedding import CodedEmbedding, TableEmbedding, TiedEmbedding
 from engine.models.rope import rope_tables
 from engine.models.tensors import EMBEDDING, HEAD, TensorSource, load_side_by_side, most_bytes
 from engine.models.transformer import Embedding, Layer, Linear, Model, Product, Progress
 from engine.weights.checkpoint import Checkpoint
+from kernels import dispatch
 from kernels.coded import CodedLinear, pack_coded
 from kernels.linear import PackedLinear, pack_linear, panel_bytes
 from kernels.memory import Arena
@@ -72,14 +75,23 @@ class _Loader:
 
     def _embedding_and_head(self) -> tuple[Embedding, Product]:
         shape = (self._config.vocab_size, self._config.hidden_size)
-        if self._config.tie_embeddings:
-            tied = Linear(self._pack([EMBEDDING], [shape]))
-            self._source.use(HEAD)
-            return TiedEmbedding(tied.packed), tied
-        head = self._product([HEAD], [shape], None)
+        tied = self._config.tie_embeddings
+        table = self._coded(EMBEDDING, shape)
+        if not tied:
+            return self._table(table, shape), self._product([HEAD], [shape], None)
+        self._source.use(HEAD)
+        if table is not None:
+            return CodedEmbedding(table, shared=True), CodedParts([table])
+        head = Linear(self._pack([EMBEDDING], [shape]))
+        return TiedEmbedding(head.packed), head
+
+    def _table(self, coded: CodedLinear | None, shape: tuple[int, int]) -> Embedding:
+        """An embedding table of its own."""
+        if coded is not None:
+            return CodedEmbedding(coded, shared=False)
         table = self._cast(self._source.take(EMBEDDING, shape)).clone()
         self._source.release(EMBEDDING)
-        return TableEmbedding(table), head
+        return TableEmbedding(table)
 
     def _linear(self, at: str, outputs: dict[str, int], inputs: int, with_bias: bool) -> Product:
         """The product of all `outputs` (part -> rows) fused, with their biases fused likewise."""
@@ -97,6 +109,13 @@ class _Loader:
         return CodedParts([self._pack([name], [shape]) if part is None else part for part, name, shape in each], bias)
 
     def _coded(self, name: str, shape: tuple[int, int]) -> CodedLinear | None:
+        """The weight's own codes, packed.
+
+        GGUF's are expanded with bfloat16, to be rounded to it, and without C++, whose lack shall not be slower still.
+        """
+        expand = self._engine.dtype == "bfloat16" or dispatch.select().name != "cpp"
+        if expand and not self._source.coding:
+            return None
         weights = self._source.coded(name, shape)
         if weights is None:
             return None

@@ -95,6 +95,8 @@ class TensorSource:
         """`path` is for messages."""
         self._checkpoint = checkpoint
         self._path = path
+        self.coding = checkpoint.coding
+        """See `Checkpoint.coding`."""
         self._used: set[str] = set()
 
     def vector(self, name: str, length: int) -> Tensor:

@@ -22,7 +22,7 @@ from engine.config import ModelConfig
 from engine.models.registry import Architecture, gguf_architecture
 from engine.weights.checkpoint import MAX_HEAD_DIM, StoredTensor, check_config
 from engine.weights.fields import Fields
-from engine.weights.gguf_codes import group_weights
+from engine.weights.gguf_codes import coded_weights, group_weights
 from engine.weights.gguf_config import gguf_model_config
 from engine.weights.gguf_header import Header, TensorEntry, read_header
 from engine.weights.mapping import MappedFile
@@ -111,8 +111,14 @@ class GgufCheckpoint:
         return tensor
 
     def coded(self, name: str) -> CodedWeights | None:
-        """None: with compute exact GGUF's types are dequantised."""
-        return None
+        """The matrix's codes, as new memory; None for types that `gguf_codes` doesn't know."""
+        entry = self._entry(name)
+        if entry.type in _PLAIN or len(entry.shape) != 2:
+            return None
+        weights = coded_weights(self._packed(name, entry), entry.type)
+        if weights is not None:
+            self._file.drop(entry.start, entry.length)
+        return weights
 
     def codes(self, name: str) -> GroupWeights | None:
         """The matrix's codes, as new memory; None for types that `gguf_codes` doesn't know."""

@@ -14,6 +14,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
+from kernels.coded import CodedWeights
 from kernels.int8 import GROUP, GroupWeights
 
 _Q = GGMLQuantizationType
@@ -23,6 +24,23 @@ def group_weights(packed: Tensor, kind: GGMLQuantizationType) -> GroupWeights | 
     """Codes of uint8 `packed` [rows, row bytes]; None when the format has to be quantised anew."""
     unpack = _UNPACK.get(kind)
     return None if unpack is None else unpack(packed)
+
+
+def coded_weights(packed: Tensor, kind: GGMLQuantizationType) -> CodedWeights | None:
+    """The same for `kernels.coded`, whose products have the bits of the dequantised weight; None for other formats."""
+    scales = {_Q.Q4_0: 1, _Q.Q4_1: 2, _Q.Q8_0: 1}.get(kind)
+    if scales is None:
+        return None
+    bits = 8 if kind is _Q.Q8_0 else 4
+    code_bytes = GROUP * bits // 8
+    blocks = packed.view(packed.shape[0], -1, 2 * scales + code_bytes)
+    halves = blocks[:, :, : 2 * scales].contiguous().view(torch.float16)
+    if bits == 8:
+        codes = blocks[:, :, 2:].bitwise_xor(128).reshape(packed.shape[0], -1)
+    else:
+        codes = _nibbles(packed, 2 * scales)
+    minima = halves[..., 1].contiguous() if scales == 2 else None
+    return CodedWeights(codes, halves[..., 0].contiguous(), GROUP, bits, minima=minima)
 
 
 def _q4_0(packed: Tensor) -> GroupWeights:

@@ -6,7 +6,7 @@ Nothing here holds more than one layer's weight, at 8 bits a code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import torch
@@ -211,16 +211,7 @@ def _with_rounding(weights: CodedWeights, parts: Parts, scheme: Scheme) -> Coded
         return weights
     scale = None if activations.dynamic else float(parts.take("input_scale", SCALES, (), (1,)).float())
     rounding = Rounding(activations.kind, activations.group, scale)
-    return CodedWeights(
-        weights.codes,
-        weights.scales,
-        weights.group,
-        weights.bits,
-        weights.fp8,
-        weights.zeros,
-        weights.order,
-        rounding,
-    )
+    return replace(weights, rounding=rounding)
 
 
 _READERS: Final[Mapping[Packing, Callable[[Parts, Scheme], CodedWeights]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kernels.coded import (
     Rounding,
     coded_linear,
     coded_linear_reference,
+    coded_rows,
     pack_coded,
     round_rows,
 )
@@ -76,6 +78,30 @@ def test_every_path_matches_the_reference(
     )
 
 
+@pytest.mark.parametrize("scales", [torch.float16, torch.float32])
+def test_minima_are_added(path: str, scales: torch.dtype, generator: torch.Generator, same_bits: SameBits) -> None:
+    base = some_weights(70, 96, 4, generator, scales)
+    minima = torch.randn(70, 3, generator=generator).to(scales)
+    weights, x = replace(base, zeros=None, minima=minima), torch.randn(5, 96, generator=generator)
+    first = base.codes[:, :32] * base.scales[:, :1].float() + minima[:, :1].float()
+    assert torch.equal(weights.dequantized()[:, :32], first)
+    actual = coded_linear(x, pack_coded(weights))
+    torch.testing.assert_close(actual, coded_linear_reference(x, weights), rtol=1e-4, atol=1e-4)
+    if path == "cpp":
+        assert same_bits(actual, as_float32(x, weights))
+
+
+@pytest.mark.parametrize("bits", [0, 2, 3, 4, 8])
+def test_rows_are_those_of_the_weight(path: str, bits: int, generator: torch.Generator, same_bits: SameBits) -> None:
+    weights, ids = some_weights(130, 40, bits, generator), torch.tensor([0, 129, 64, 63, 0])
+    packed = pack_coded(weights)
+    assert same_bits(coded_rows(packed, ids), weights.dequantized()[ids])
+    assert coded_rows(packed, ids[:0]).shape == (0, 40)
+    for outside in (-1, 130):
+        with pytest.raises(InternalError):
+            coded_rows(packed, torch.tensor([outside]))
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_inputs_may_belong_to_groups_in_any_order(
     path: str, bits: int, generator: torch.Generator, same_bits: SameBits
@@ -136,6 +162,7 @@ def test_parts_that_do_not_fit_are_our_own_bug(generator: torch.Generator) -> No
         CodedWeights(good.codes, good.scales[:, :1], 32, 4),
         CodedWeights(good.codes, good.scales, 32, 5),
         CodedWeights(good.codes, good.scales, 32, 4, zeros=torch.zeros(8, 1, dtype=torch.uint8)),
+        CodedWeights(good.codes, good.scales, 32, 4, minima=torch.zeros(8, 2)),
         CodedWeights(good.codes, good.scales, 32, 4, order=torch.full((64,), 2, dtype=torch.int32)),
     ):
         with pytest.raises(InternalError):

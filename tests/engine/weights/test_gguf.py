@@ -67,7 +67,12 @@ def test_codes_are_the_tensor(kind: str, write_gguf: WriteGguf) -> None:
         assert (codes is not None) == (kind in ("Q4_0", "Q4_1", "Q8_0"))
         if codes is not None:
             torch.testing.assert_close(codes.dequantized(), checkpoint.tensor(name), rtol=0, atol=2e-6)
+        coded = checkpoint.coded(name)
+        assert (coded is None) == (codes is None)
+        if coded is not None:
+            assert torch.equal(coded.dequantized(), checkpoint.tensor(name))
     assert checkpoint.codes("model.norm.weight") is None
+    assert checkpoint.coded("model.norm.weight") is None
     checkpoint.close()
 
 
