@@ -25,6 +25,7 @@ struct Coded {
     const void* scales;
     const uint8_t* zeros;    // null: the middle of the codes, or 0 where there are minima
     const void* minima;      // added after scaling, of the scales' type; may be null
+    const float* table;      // what each of 16 codes stands for before scaling; null: the code less its zero
     const int32_t* order;    // which group each k belongs to; null: k / group
     const float* bias;
     int64_t n, k, groups, group;
@@ -95,14 +96,16 @@ void read_group(const Coded& w, int64_t panel, int64_t g, Group& out) {
 
 // Codes of one k as float32.
 template <int BITS>
-inline void values(const uint8_t* codes, const Group& group, bool with_minima, float* out) {
+inline void values(const Coded& w, const uint8_t* codes, const Group& group, float* out) {
     if (BITS == 0) {
         fp8_values(codes, out);
         for (int j = 0; j < PANEL; ++j) out[j] = out[j] * group.scale[j];
+    } else if (BITS == 4 && w.table) {
+        for (int j = 0; j < PANEL; ++j) out[j] = w.table[codes[j]] * group.scale[j];
     } else {
         for (int j = 0; j < PANEL; ++j) out[j] = ((float)codes[j] - group.zero[j]) * group.scale[j];
     }
-    if (with_minima)
+    if (w.minima)
         for (int j = 0; j < PANEL; ++j) out[j] = out[j] + group.minimum[j];
 }
 
@@ -117,7 +120,7 @@ void expand(const Coded& w, int64_t panel, int64_t k0, int64_t kn, float* block)
         if (g != current) read_group<BITS>(w, panel, g, group), current = g;
         float* out = block + i * PANEL;
         unpack<BITS>(w.codes + (panel * w.k + k) * row_bytes(BITS), codes);
-        values<BITS>(codes, group, w.minima != nullptr, out);
+        values<BITS>(w, codes, group, out);
     }
 }
 
@@ -175,7 +178,7 @@ void columns(const Coded& w, const int64_t* ids, float* out, int64_t count) {
             const int64_t g = w.order ? w.order[k] : k / w.group;
             if (g != current) read_group<BITS>(w, panel, g, group), current = g;
             unpack<BITS>(w.codes + (panel * w.k + k) * row_bytes(BITS), codes);
-            values<BITS>(codes, group, w.minima != nullptr, row);
+            values<BITS>(w, codes, group, row);
             out[i * w.k + k] = row[ids[i] % PANEL];
         }
     }

@@ -62,6 +62,8 @@ class CodedWeights:
     """None: 2 ** (bits - 1), or 0 where there are minima."""
     minima: torch.Tensor | None = None
     """[N, G] of the scales' type, added to each weight after scaling (GGUF's Q4_1); None: nothing is."""
+    table: torch.Tensor | None = None
+    """float32 [16]: what a 4-bit code stands for before scaling (NF4, FP4), in place of code - zero."""
     order: torch.Tensor | None = None
     """int32 [K]: the group of each input (`g_idx`); None: input k is of group k // `group`."""
     rounding: Rounding | None = None
@@ -80,6 +82,8 @@ class CodedWeights:
         groups = self.groups()
         if self.fp8:
             return self.codes.view(FP8).float() * self.scales.float()[:, groups]
+        if self.table is not None:
+            return self.table[self.codes.long()] * self.scales.float()[:, groups]
         middle = float(1 << self.bits >> 1) if self.minima is None else 0.0
         zeros = middle if self.zeros is None else self.zeros.float()[:, groups]
         scaled = (self.codes.float() - zeros) * self.scales.float()[:, groups]
@@ -94,6 +98,7 @@ class CodedArgs(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("minima", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int64),
@@ -119,6 +124,7 @@ class CodedLinear:
     panels: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
     minima: torch.Tensor | None = None
+    table: torch.Tensor | None = None
     order: torch.Tensor | None = None
     weights: CodedWeights | None = None
 
@@ -126,12 +132,12 @@ class CodedLinear:
     def nbytes(self) -> int:
         """Bytes held."""
         codes = self.panels if self.weights is None else self.weights.codes
-        held = (codes, self.scales, self.zeros, self.minima, self.order)
+        held = (codes, self.scales, self.zeros, self.minima, self.table, self.order)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def args(self, bias: torch.Tensor | None) -> CodedArgs:
         """For C++; holds pointers only."""
-        tensors = (self.panels, self.scales, self.zeros, self.minima, self.order, bias)
+        tensors = (self.panels, self.scales, self.zeros, self.minima, self.table, self.order, bias)
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         scale_type = SCALE_DTYPES.index(self.scales.dtype)
         return CodedArgs(*pointers, self.n, self.k, self.scales.shape[1], self.group, self.bits, scale_type)
@@ -158,16 +164,16 @@ def pack_coded(weights: CodedWeights) -> CodedLinear:
     """
     _check(weights)
     (n, k), bits = weights.codes.shape, 0 if weights.fp8 else weights.bits
-    order = None if weights.order is None else weights.order.clone()
+    table, order = (None if part is None else part.clone() for part in (weights.table, weights.order))
     if dispatch.select().name != "cpp":
-        held = (None, weights.zeros, weights.minima, order, weights)
+        held = (None, weights.zeros, weights.minima, table, order, weights)
         return CodedLinear(n, k, weights.group, bits, weights.scales, weights.rounding, *held)
     lib = _library()
     panels = torch.zeros(lib.tandem_coded_bytes(n, k, bits), dtype=torch.uint8)
     lib.tandem_coded_pack(weights.codes.data_ptr(), panels.data_ptr(), n, k, bits, torch.get_num_threads())
     zeros, minima = (None if part is None else _by_panel(part) for part in (weights.zeros, weights.minima))
     scales = _by_panel(weights.scales)
-    return CodedLinear(n, k, weights.group, bits, scales, weights.rounding, panels, zeros, minima, order)
+    return CodedLinear(n, k, weights.group, bits, scales, weights.rounding, panels, zeros, minima, table, order)
 
 
 def _by_panel(rows: torch.Tensor) -> torch.Tensor:
@@ -192,6 +198,10 @@ def _check(weights: CodedWeights) -> None:
     minima = weights.minima
     if minima is not None and (minima.dtype is not scales.dtype or minima.shape != scales.shape or weights.fp8):
         raise check.fail("minima", minima, f"{scales.dtype} {tuple(scales.shape)}, of integer codes")
+    if weights.table is not None:
+        check.dense("table", weights.table, (16,))
+        if weights.bits != 4 or weights.fp8 or weights.zeros is not None or minima is not None:
+            raise InternalError("a table is of 4-bit codes without zeros or minima")
     if weights.order is None:
         if scales.shape[1] != -(-k // weights.group):
             raise check.fail("scales", scales, f"[{n}, {-(-k // weights.group)}]")

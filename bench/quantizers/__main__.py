@@ -1,7 +1,7 @@
 """python -m bench.quantizers: what runs within a quantising tool's environment.
 
     python -m bench.quantizers tiny FOLDER                     # the small model
-    python -m bench.quantizers TOOL CASE SOURCE OUT            # quantise SOURCE; TOOL: compressed, gptq, rounding
+    python -m bench.quantizers TOOL CASE SOURCE OUT            # quantise SOURCE; TOOL: bnb, compressed, gptq, rounding
     python -m bench.quantizers TOOL CASE SOURCE OUT --expect   # then what the tool's own inference says of OUT
 
 `OUT/expected.safetensors` has a prompt, the 32 tokens that follow it greedily, and the logits of all but the last.
@@ -35,7 +35,7 @@ def expected(model: Any, vocabulary: int) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.quantizers", description="see the module's text")
-    parser.add_argument("tool", choices=["tiny", "compressed", "gptq", "rounding"])
+    parser.add_argument("tool", choices=["tiny", "bnb", "compressed", "gptq", "rounding"])
     parser.add_argument("words", nargs="+", metavar="CASE SOURCE OUT")
     parser.add_argument("--expect", action="store_true")
     arguments = parser.parse_args()

@@ -17,7 +17,7 @@ def group_weights(weights: CodedWeights) -> GroupWeights | None:
     inputs = weights.codes.shape[1]
     if weights.fp8 or weights.order is not None or (weights.group % GROUP and weights.group < inputs):
         return None
-    if weights.minima is not None or (weights.bits == 8 and weights.zeros is not None):
+    if weights.table is not None or weights.minima is not None or (weights.bits == 8 and weights.zeros is not None):
         return None
     where = torch.arange(0, inputs, GROUP) // weights.group
     scales = weights.scales.float()[:, where].contiguous()

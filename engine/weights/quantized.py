@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-Packing = Literal["gptq", "gptq_v2", "awq_gemm", "awq_gemv", "packed", "plain"]
+Packing = Literal["gptq", "gptq_v2", "awq_gemm", "awq_gemv", "packed", "plain", "table"]
 """How codes lie in tensors.
 
 gptq      qweight int32 [K bits / 32, N], qzeros (one less than the zero) [G, N bits / 32], scales [G, N], g_idx [K]
@@ -19,6 +19,7 @@ gptq_v2   the same, qzeros as they are
 awq_gemm  qweight int32 [K, N / 8] and qzeros [G, N / 8], columns in the order 0 2 4 6 1 3 5 7; scales [G, N]
 awq_gemv  qweight int32 [N, K / 8], qzeros [N, words], scales [N, 8 words], words padded
 packed    weight_packed int32 [N, K bits / 32], weight_scale [N, G], weight_zero_point [N bits / 32, G], weight_shape
+table     weight uint8 [N K / 2, 1], two codes a byte, weight.quant_map [16], weight.absmax for all, weight.quant_state
 plain     weight int8 or FP8 (e4m3) [N, K], weight_scale for all, a row, a group or a block of it
 """
 
@@ -44,6 +45,8 @@ class Scheme:
     group: int | None = None
     """Inputs that share a scale; None: all."""
     fp8: bool = False
+    table: str = ""
+    """The name of what 4-bit codes stand for (nf4, fp4); empty: integers."""
     symmetric: bool = True
     """False: zero points are stored."""
     block: tuple[int, int] | None = None
@@ -57,7 +60,7 @@ class Scheme:
 
     def describe(self) -> str:
         """For people: "int4, groups of 128", "fp8, blocks of 128 x 128, activations fp8"."""
-        parts = ["fp8" if self.fp8 else f"int{self.bits}"]
+        parts = [self.table or ("fp8" if self.fp8 else f"int{self.bits}")]
         if self.block is not None:
             parts.append(f"blocks of {self.block[0]} x {self.block[1]}")
         elif self.per_tensor:
@@ -99,7 +102,7 @@ class Quantization:
     """A checkpoint's quantisation: the first rule that fits a layer says how it is stored."""
 
     method: str
-    """gptq, awq, auto-round, compressed-tensors or fp8."""
+    """gptq, awq, auto-round, compressed-tensors, fp8 or bitsandbytes."""
     rules: Sequence[Rule]
     facts: str = field(repr=False, default="")
     """The configuration in a fixed spelling: part of the model's identity, since it says what the bytes mean."""

@@ -18,7 +18,8 @@ from engine.config import ModelConfig
 from engine.weights.checkpoint import StoredTensor
 from engine.weights.int8_codes import group_weights
 from engine.weights.quantized import Quantization, Scheme
-from engine.weights.quantized_tensors import SUFFIXES, Parts, coded_shape, read_weight
+from engine.weights.quantized_parts import Parts
+from engine.weights.quantized_tensors import SUFFIXES, coded_shape, read_weight
 from engine.weights.safetensors import EMBEDDING, HEAD, SafetensorsCheckpoint
 from kernels.coded import FP8, CodedWeights
 from kernels.int8 import GroupWeights
@@ -113,7 +114,7 @@ class QuantizedCheckpoint:
         found, names = {}, frozenset(self._inner.names())
         for name in sorted(names):
             layer, _, suffix = name.rpartition(".")
-            if suffix in _CODES or (suffix == "weight" and self._inner.dtype(name) in (torch.int8, FP8)):
+            if suffix in _CODES or (suffix == "weight" and self._inner.dtype(name) in (torch.int8, torch.uint8, FP8)):
                 found[layer] = self._scheme_of(layer, name)
         self._refuse_strays(names, found)
         return found

@@ -14,6 +14,7 @@ from typing import Final
 from engine.weights.compressed_config import compressed_rules
 from engine.weights.fields import Fields
 from engine.weights.quantized import BITS, Packing, Pattern, Quantization, Rule, Scheme
+from engine.weights.quantized_table import BLOCK
 
 EVERY: Final = Pattern("", "all")
 
@@ -107,6 +108,15 @@ def _fp8(settings: Fields) -> list[Rule]:
 _INVERSE: Final = "weight_scale_inv"
 
 
+def _table(settings: Fields) -> list[Rule]:
+    if not settings.boolean("load_in_4bit", False):
+        raise settings.error("load_in_4bit", "must be true: bitsandbytes' 8 bits are not supported")
+    kind = settings.text("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        raise settings.error("bnb_4bit_quant_type", f"{kind!r} is not supported; known: nf4, fp4")
+    return [Rule(EVERY, Scheme("table", 4, BLOCK, table=kind))]
+
+
 def _integers(settings: Fields, packing: Packing) -> Scheme:
     bits = settings.integer("bits")
     if bits not in BITS:
@@ -147,4 +157,5 @@ METHODS: Final[Mapping[str, Callable[[Fields], list[Rule]]]] = {
     "auto-round": _auto_round,
     "compressed-tensors": compressed_rules,
     "fp8": _fp8,
+    "bitsandbytes": _table,
 }

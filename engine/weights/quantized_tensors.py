@@ -6,14 +6,16 @@ Nothing here holds more than one layer's weight, at 8 bits a code.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from engine.weights.quantized import Packing, Scheme
 from engine.weights.quantized_codes import WORD, packed_words, raise_zeros, unpack, unpack_awq
+from engine.weights.quantized_parts import Parts
+from engine.weights.quantized_table import TABLE_SUFFIXES, read_table, table_shape
 from kernels.coded import FP8, CodedWeights, Rounding
 from tandem.errors import ModelFormatError
 
@@ -22,53 +24,9 @@ SUFFIXES: Final = (
     *("qweight", "qzeros", "scales", "g_idx"),
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     *("weight_scale_inv", "input_scale", "activation_scale"),
+    *TABLE_SUFFIXES,
 )
 """Tensors beside a layer's codes, and the codes where they have a name of their own."""
-
-
-class RawTensors(Protocol):
-    """An open checkpoint's tensors as they are stored."""
-
-    def names(self) -> frozenset[str]:
-        """All of them."""
-
-    def raw(self, name: str) -> Tensor:
-        """The tensor in its stored type, perhaps a view of the map: never write to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """One layer's tensors; `layer` such as `model.layers.0.mlp.up_proj`."""
-
-    tensors: RawTensors
-    layer: str
-    source: str
-    """The checkpoint's path, for messages."""
-
-    def has(self, suffix: str) -> bool:
-        """True when the tensor `layer`.`suffix` is there."""
-        return f"{self.layer}.{suffix}" in self.tensors.names()
-
-    def take(self, suffix: str, types: tuple[torch.dtype, ...], *shapes: tuple[int, ...]) -> Tensor:
-        """A tensor of one of `types` and one of `shapes` (none given: any). Raises ModelFormatError saying both."""
-        name = f"{self.layer}.{suffix}"
-        wanted = " or ".join(str(t).removeprefix("torch.") for t in types)
-        wanted += "".join([" ", " or ".join(str(shape) for shape in shapes)] if shapes else [])
-        if not self.has(suffix):
-            raise ModelFormatError(f"{self.source}: tensor {name} is missing; expected {wanted}")
-        tensor = self.tensors.raw(name)
-        if tensor.dtype not in types or (shapes and tuple(tensor.shape) not in shapes):
-            found = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-            raise ModelFormatError(f"{self.source}: tensor {name} is {found}; expected {wanted}")
-        return tensor
-
-    def matrix(self, suffix: str, types: tuple[torch.dtype, ...]) -> Tensor:
-        """As `take`, of any shape with two sides."""
-        tensor = self.take(suffix, types)
-        if tensor.dim() != 2:
-            shape = tuple(tensor.shape)
-            raise ModelFormatError(f"{self.source}: tensor {self.layer}.{suffix} has shape {shape}; expected two sides")
-        return tensor
 
 
 def coded_shape(parts: Parts, scheme: Scheme) -> tuple[int, int]:
@@ -76,6 +34,8 @@ def coded_shape(parts: Parts, scheme: Scheme) -> tuple[int, int]:
     if scheme.packing == "plain":
         rows, inputs = parts.matrix("weight", (FP8 if scheme.fp8 else torch.int8,)).shape
         return rows, inputs
+    if scheme.packing == "table":
+        return table_shape(parts, scheme)
     if scheme.packing == "packed":
         rows, inputs = (int(side) for side in parts.take("weight_shape", (torch.int64, torch.int32), (2,)))
         parts.take("weight_packed", (torch.int32,), (rows, packed_words(inputs, scheme.bits)))
@@ -221,4 +181,5 @@ _READERS: Final[Mapping[Packing, Callable[[Parts, Scheme], CodedWeights]]] = {
     "awq_gemv": _awq_gemv,
     "packed": _packed,
     "plain": _plain,
+    "table": read_table,
 }

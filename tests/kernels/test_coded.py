@@ -91,6 +91,17 @@ def test_minima_are_added(path: str, scales: torch.dtype, generator: torch.Gener
         assert same_bits(actual, as_float32(x, weights))
 
 
+def test_codes_may_stand_for_a_table(path: str, generator: torch.Generator, same_bits: SameBits) -> None:
+    table = torch.randn(16, generator=generator)
+    weights = replace(some_weights(70, 96, 4, generator, torch.float32), zeros=None, table=table)
+    x = torch.randn(5, 96, generator=generator)
+    assert weights.dequantized()[3, 40] == table[int(weights.codes[3, 40])] * weights.scales[3, 1]
+    actual = coded_linear(x, pack_coded(weights))
+    torch.testing.assert_close(actual, coded_linear_reference(x, weights), rtol=1e-4, atol=1e-4)
+    if path == "cpp":
+        assert same_bits(actual, as_float32(x, weights))
+
+
 @pytest.mark.parametrize("bits", [0, 2, 3, 4, 8])
 def test_rows_are_those_of_the_weight(path: str, bits: int, generator: torch.Generator, same_bits: SameBits) -> None:
     weights, ids = some_weights(130, 40, bits, generator), torch.tensor([0, 129, 64, 63, 0])
@@ -163,6 +174,8 @@ def test_parts_that_do_not_fit_are_our_own_bug(generator: torch.Generator) -> No
         CodedWeights(good.codes, good.scales, 32, 5),
         CodedWeights(good.codes, good.scales, 32, 4, zeros=torch.zeros(8, 1, dtype=torch.uint8)),
         CodedWeights(good.codes, good.scales, 32, 4, minima=torch.zeros(8, 2)),
+        CodedWeights(good.codes, good.scales, 32, 8, table=torch.zeros(16)),
+        CodedWeights(good.codes, good.scales, 32, 4, table=torch.zeros(8)),
         CodedWeights(good.codes, good.scales, 32, 4, order=torch.full((64,), 2, dtype=torch.int32)),
     ):
         with pytest.raises(InternalError):

@@ -97,6 +97,45 @@ def test_fp8_with_inverse_scales(
     assert same_bits(one, make_driver(save(tmp_path / "plain", plain)).run(PROMPTS[:1], 20)[0])
 
 
+def table_tensors(kind: str, nested: bool) -> tuple[Tensors, Tensors]:
+    """A model whose layers are 4-bit codes of a table, and the same as plain float32."""
+    random = torch.Generator().manual_seed(4)
+    coded, plain = both_forms(FORMATS["gptq"])
+    kept = {name: tensor for name, tensor in coded.items() if not name.endswith(("qweight", "qzeros", "scales"))}
+    table = torch.rand(16, generator=random) * 2 - 1
+    for name, tensor in list(plain.items()):
+        if "_proj" not in name:
+            continue
+        rows, inputs = tensor.shape
+        codes = torch.randint(0, 16, (rows, inputs), generator=random, dtype=torch.uint8)
+        state = {"quant_type": kind, "blocksize": 32, "shape": [rows, inputs]}
+        scales = torch.rand(rows * inputs // 32, generator=random) * 0.2
+        if nested:
+            state |= {"nested_blocksize": 16, "nested_offset": 0.125}
+            steps, outer = torch.rand(256, generator=random), torch.rand(-(-len(scales) // 16), generator=random) * 0.1
+            places = torch.randint(0, 256, scales.shape, generator=random, dtype=torch.uint8)
+            scales = steps[places.long()] * outer.repeat_interleave(16)[: len(scales)] + 0.125
+            kept |= {f"{name}.nested_quant_map": steps, f"{name}.nested_absmax": outer}
+        plain[name] = table[codes.long()] * scales.view(rows, -1).repeat_interleave(32, 1)
+        pairs = codes.view(-1, 2)
+        kept[name] = (pairs[:, 0] << 4 | pairs[:, 1])[:, None]
+        kept[f"{name}.absmax"], kept[f"{name}.quant_map"] = places if nested else scales, table.clone()
+        encoded = list(json.dumps(state).encode())
+        kept[f"{name}.quant_state.bitsandbytes__{kind}"] = torch.tensor(encoded, dtype=torch.uint8)
+    return kept, plain
+
+
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("fp4", False)])
+def test_codes_of_a_table(kind: str, nested: bool, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
+    coded, plain = table_tensors(kind, nested)
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    folder = save(tmp_path / "coded", coded, config)
+    one = make_driver(folder).run(PROMPTS[:1], 20)[0]
+    assert same_bits(one, make_driver(save(tmp_path / "plain", plain)).run(PROMPTS[:1], 20)[0])
+    near = make_driver(folder, compute="int8").run(PROMPTS[:1], 20)[0]
+    assert float((near - one).norm() / one.norm()) < 0.05
+
+
 def test_layers_may_be_of_several_groups_and_ignored(
     tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None
 ) -> None:
@@ -247,6 +286,7 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"quant_method": "awq", "bits": 8}, "bits: 8 is not supported; AWQ has 4"),
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:fp8"}, "'auto_round:fp8' is not"),
         ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type 'int'"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_4bit: must be true: bitsandbytes' 8 bits"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt: 'e5m2' is not supported; known: e4m3"),
         ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "scale_fmt: 'ue8m0' is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "must be two integers over 0"),
