@@ -76,13 +76,22 @@ struct Group {
     alignas(64) float minimum[PANEL];
 };
 
+inline void widen_halves(const uint16_t* halves, float* out) {
+#if defined(__AVX512F__)
+    for (int j = 0; j < PANEL; j += 16)
+        _mm512_storeu_ps(out + j, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(halves + j))));
+#else
+    for (int j = 0; j < PANEL; ++j) out[j] = half_to_float(halves[j]);
+#endif
+}
+
 void widen(const void* numbers, int type, int64_t at, float* out) {
     if (type == FLOAT32)
         std::memcpy(out, (const float*)numbers + at, PANEL * sizeof(float));
     else if (type == BFLOAT16)
         for (int j = 0; j < PANEL; ++j) out[j] = bf16_to_float(((const uint16_t*)numbers)[at + j]);
     else
-        for (int j = 0; j < PANEL; ++j) out[j] = half_to_float(((const uint16_t*)numbers)[at + j]);
+        widen_halves((const uint16_t*)numbers + at, out);
 }
 
 template <int BITS>
@@ -109,18 +118,31 @@ inline void values(const Coded& w, const uint8_t* codes, const Group& group, flo
         for (int j = 0; j < PANEL; ++j) out[j] = out[j] + group.minimum[j];
 }
 
+// The group of one k after the other, read when it changes.
+struct Groups {
+    Group group;
+    int64_t current = -1, end = 0;
+
+    template <int BITS>
+    inline void at(const Coded& w, int64_t panel, int64_t k) {
+        if (w.order ? w.order[k] == current : k < end) return;
+        current = w.order ? w.order[k] : k / w.group;
+        end = (current + 1) * w.group;
+        read_group<BITS>(w, panel, current, group);
+    }
+};
+
 // Rows [k0, k0 + kn) of a panel as float32 [kn][64].
 template <int BITS>
 void expand(const Coded& w, int64_t panel, int64_t k0, int64_t kn, float* block) {
-    Group group;
-    int64_t current = -1;
+    Groups groups;
     alignas(64) uint8_t codes[PANEL];
     for (int64_t i = 0; i < kn; ++i) {
-        const int64_t k = k0 + i, g = w.order ? w.order[k] : k / w.group;
-        if (g != current) read_group<BITS>(w, panel, g, group), current = g;
+        const int64_t k = k0 + i;
+        groups.at<BITS>(w, panel, k);
         float* out = block + i * PANEL;
         unpack<BITS>(w.codes + (panel * w.k + k) * row_bytes(BITS), codes);
-        values<BITS>(w, codes, group, out);
+        values<BITS>(w, codes, groups.group, out);
     }
 }
 
@@ -170,15 +192,13 @@ template <int BITS>
 void columns(const Coded& w, const int64_t* ids, float* out, int64_t count) {
     alignas(64) uint8_t codes[PANEL];
     alignas(64) float row[PANEL];
-    Group group;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t panel = ids[i] / PANEL;
-        int64_t current = -1;
+        Groups groups;
         for (int64_t k = 0; k < w.k; ++k) {
-            const int64_t g = w.order ? w.order[k] : k / w.group;
-            if (g != current) read_group<BITS>(w, panel, g, group), current = g;
+            groups.at<BITS>(w, panel, k);
             unpack<BITS>(w.codes + (panel * w.k + k) * row_bytes(BITS), codes);
-            values<BITS>(w, codes, group, row);
+            values<BITS>(w, codes, groups.group, row);
             out[i * w.k + k] = row[ids[i] % PANEL];
         }
     }
