@@ -51,8 +51,9 @@ def measure_one(folder: str, compute: str, tokens: int, runs: int, tokenizer: st
     engine = load_bench_engine(folder, {"compute": compute}, CHUNK, blocks_for(points, BLOCK_SIZE))
     took, peak, resident = time.perf_counter() - start, memory("VmHWM") - before, memory("VmRSS") - before
     driver = SequenceDriver(engine, CHUNK)
-    speeds = {p.name: statistics.median(measure(driver, p) for _ in range(runs + 1)) for p in points}
-    perplexity = score(engine, windows)[0] if windows else float("nan")
+    measure(driver, points[0])  # not counted
+    speeds = {p.name: statistics.median(measure(driver, p) for _ in range(runs)) for p in points}
+    perplexity = score(engine, windows)[0] if windows else None
     return {
         "holds": engine.model_config.quantization,
         "compute": engine.engine_config.compute,
@@ -60,7 +61,7 @@ def measure_one(folder: str, compute: str, tokens: int, runs: int, tokenizer: st
         "load_s": round(took, 2),
         "resident_mb": round(resident / MEGABYTE, 1),
         "peak_mb": round(peak / MEGABYTE, 1),
-        "perplexity": round(perplexity, 3),
+        "perplexity": None if perplexity is None else round(perplexity, 3),
         **{name: round(speed, 1) for name, speed in speeds.items()},
     }
 
@@ -93,9 +94,11 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER[@COMPUTE]")
     parser.add_argument("--one", help="measure this folder in this process and print one JSON object")
     parser.add_argument("--compute", default="exact", help="for --one")
-    parser.add_argument("--tokens", type=int, default=4 * WINDOW, help="of the text that perplexity is measured on")
+    parser.add_argument(
+        "--tokens", type=int, default=4 * WINDOW, help="of the text that perplexity is measured on; 0: none is"
+    )
     parser.add_argument("--tokenizer", default="default", help="the model whose tokenizer cuts the text")
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=1, help="of each point, after one that is not counted")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -21,6 +21,7 @@ _FOUR: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "int4": {"targets": "Linear", "scheme": "W4A16"},
+    "int4-64": {"config_groups": {"group_0": _FOUR}},
     "int4-zeros": {"targets": "Linear", "scheme": "W4A16_ASYM"},
     "int8": {"targets": "Linear", "scheme": "W8A8"},
     "fp8": {"targets": "Linear", "scheme": "FP8_DYNAMIC"},

@@ -16,9 +16,9 @@ CASES: dict[str, dict[str, Any]] = {
     "gptq-v2": {"bits": 4, "group_size": 64, "sym": False, "format": "gptq_v2"},
     "gptq-2": {"bits": 2, "group_size": 32},
     "gptq-3": {"bits": 3, "group_size": 64},
-    "gptq-8": {"bits": 8, "group_size": -1},
+    "gptq-8": {"bits": 8, "group_size": -1, "act_group_aware": False},
+    "awq-64": {"bits": 4, "group_size": 64, "method": "awq", "format": "gemm", "sym": False},
     "awq": {"bits": 4, "group_size": 128, "method": "awq", "format": "gemm", "sym": False},
-    "awq-gemv": {"bits": 4, "group_size": 64, "method": "awq", "format": "gemv", "sym": False},
 }
 
 
@@ -35,7 +35,9 @@ def load(folder: Path) -> Any:
     from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
     awq = "awq" in folder.name
-    model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.AWQ_TORCH if awq else BACKEND.GPTQ_TORCH).model
+    backend = BACKEND.AWQ_TORCH if awq else BACKEND.GPTQ_TORCH
+    # float16 is what scales are stored in.
+    model = GPTQModel.load(str(folder), device="cpu", backend=backend, dtype=torch.float16).model
     for name, module in list(model.named_modules()):
         if not hasattr(module, "qweight"):
             continue

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from auto_round import AutoRound
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 CASES: dict[str, dict[str, Any]] = {
     "auto-round": {"format": "auto_round", "sym": False, "group_size": 64},
@@ -32,5 +33,31 @@ def quantize(case: str, source: Path, out: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-    """The model as the tool runs it, in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """The model in float32: the tool's CPU kernels take 16 bits only, so its own unpacking stands in."""
+    config: Any = AutoConfig.from_pretrained(folder)
+    settings = config.quantization_config
+    del config.quantization_config
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = load_file(folder / "model.safetensors")
+    for name in [name for name in state if name.endswith(".qweight")]:
+        layer = name.removesuffix("qweight")
+        words, zeros, scales = (state.pop(layer + part) for part in ("qweight", "qzeros", "scales"))
+        state[layer + "weight"] = _weight(settings, words, zeros, scales.float()).T.contiguous()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model
+
+
+def _weight(settings: Any, words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Any:
+    """A layer's weight [K, N]; GPTQ's packings through the tool's own layer, fed with unit vectors."""
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
+    from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
+
+    bits, group, form = settings["bits"], settings["group_size"], settings["packing_format"]
+    if form.endswith("awq"):
+        return dequantize_gemm(words, zeros, scales, bits, group)
+    module = qlinear_torch_zp if form.endswith("gptq") else qlinear_torch
+    inputs = words.shape[0] * 32 // bits
+    layer: Any = module.QuantLinear(bits, group, inputs, words.shape[1], bias=False)
+    layer.qweight, layer.qzeros, layer.scales = words, zeros, scales
+    return layer(torch.eye(inputs))
