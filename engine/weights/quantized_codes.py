@@ -24,8 +24,10 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         return data[:, :count].clone()
     if bits == 3:
         return _unpack3(data)[:, :count].contiguous()
-    mask = (1 << bits) - 1
-    fields = torch.stack([data.bitwise_right_shift(shift) & mask for shift in range(0, 8, bits)], dim=-1)
+    fields = torch.empty(*data.shape, 8 // bits, dtype=torch.uint8)  # the only memory, however large the layer
+    for place, shift in enumerate(range(0, 8, bits)):
+        torch.bitwise_right_shift(data, shift, out=fields[..., place])
+    fields.bitwise_and_((1 << bits) - 1)
     return fields.view(data.shape[0], -1)[:, :count].contiguous()
 
 
