@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def expected(model: Any, vocabulary: int) -> dict[str, torch.Tensor]:
     return {"prompt": ids[0, :PROMPT].clone(), "continuation": ids[0, PROMPT:].clone(), "logits": logits.clone()}
 
 
+def forget_places(config: Path) -> None:
+    """Drop what a tool notes of how it worked, folders of this machine among it."""
+    content = json.loads(config.read_text())
+    content["quantization_config"].pop("meta", None)
+    config.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.quantizers", description="see the module's text")
@@ -47,6 +55,7 @@ def main() -> None:
     tool = importlib.import_module(f"bench.quantizers.{arguments.tool}")
     shutil.rmtree(out, ignore_errors=True)
     tool.quantize(case, source, out)
+    forget_places(out / "config.json")
     if arguments.expect:
         model = tool.load(out).eval()
         save_file(expected(model, model.config.vocab_size), out / "expected.safetensors")
