@@ -16,7 +16,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def quantize(case: str, source: Path, out: Path) -> None:
     """Writes `out`."""
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **CASES[case])
+    factory: Any = BitsAndBytesConfig
+    config = factory(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **CASES[case])
     # The tool dequantises to the type that the weights had.
     model: Any = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=config, dtype=torch.float32, device_map="cpu"

@@ -37,7 +37,8 @@ def load(folder: Path) -> Any:
     config: Any = AutoConfig.from_pretrained(folder)
     settings = config.quantization_config
     del config.quantization_config
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_config(config, dtype=torch.float32)
     state = load_file(folder / "model.safetensors")
     for name in [name for name in state if name.endswith(".qweight")]:
         layer = name.removesuffix("qweight")
