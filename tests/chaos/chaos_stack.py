@@ -189,7 +189,7 @@ class Stack:
         return all(place.up for place in self.places)
 
     async def __aenter__(self) -> Self:
-        """Starts."""
+        """Starts; what doesn't come up in time leaves no process."""
         for proxy in self.all_proxies.values():
             await proxy.start()
         for gateway in range(len(self.fronts)):
@@ -198,7 +198,11 @@ class Stack:
             }
             self._workers_file(gateway).write_text(json.dumps(lists))
         self._keepers = [asyncio.create_task(place.keep(), name=place.name) for place in self.places]
-        await self.until(self.all_up, START_SECONDS)
+        try:
+            await self.until(self.all_up, START_SECONDS)
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
         return self
 
     async def __aexit__(
