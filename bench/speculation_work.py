@@ -34,6 +34,28 @@ class Account:
         other.deposit(amount)
         return self.balance
 '''
+EXAMPLE = """\
+Task: rename `count` to `total`.
+Before:
+```python
+def add(items):
+    count = 0
+    for item in items:
+        if item > 0:
+            count += item
+    return count
+```
+After:
+```python
+def add(items):
+    total = 0
+    for item in items:
+        if item > 0:
+            total += item
+    return total
+```
+
+"""
 TEXT = """\
 The Severn is the longest river in Great Britain, at 220 miles. It rises at an altitude of 2,001 feet on
 Plynlimon in the Ceredigion massif of mid Wales. The Thames, at 215 miles, is the longest river entirely in
@@ -74,19 +96,17 @@ class Workload:
 
 
 def rewrite() -> list[Task]:
-    """The code once more with another name for one thing; the answer begins with the first changed line."""
-    names = (("Account", "Wallet"), ("Account", "Purse"), ("Account", "Ledger"))
-    lines = CODE.split("\n", 1)
+    """The code once more with another name for one thing, after an example."""
     return [
-        Task(f"# Before:\n{CODE}\n# The same code with {old} renamed to {new}:\n{lines[0].replace(old, new)}\n", False)
-        for old, new in names
+        Task(f"{EXAMPLE}Task: rename `Account` to `{name}`.\nBefore:\n```python\n{CODE}```\nAfter:\n```python\n", False)
+        for name in ("Wallet", "Purse", "Ledger")
     ]
 
 
 def extract() -> list[Task]:
     """Sentences of the text, word by word."""
-    asked = ("every sentence that has a length in miles", "every sentence", "the sentences about rivers, in order")
-    return [Task(f"{TEXT}\n\nCopy of {what} in the text above:\n\n", False) for what in asked]
+    wanted = ("that has a length in miles", "about a river of England", "about a source or an estuary")
+    return [Task(f"Copy every sentence of this text {what}, word by word:\n\n{TEXT}", True) for what in wanted]
 
 
 def chat(count: int, temperature: float = 0.7) -> list[Task]:

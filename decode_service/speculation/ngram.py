@@ -1,7 +1,8 @@
 """Prompt lookup: what followed the last tokens when they came before, in prompt or output (Saxena 2023). Torch-free.
 
 Each output has an index from pairs of neighbouring tokens to the places where they ended, newest first, as in LZ77's
-hash chains. The draft follows the place whose match with the end of the output is longest.
+hash chains. The draft follows the place whose match with the end of the output is longest; where the last pair is new,
+the newest place of the last token.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class _History:
     tokens: list[int] = field(default_factory=list)
     newest: dict[tuple[int, int], int] = field(default_factory=dict)
     """Where a pair ended last."""
+    seen: dict[int, int] = field(default_factory=dict)
+    """Where a token was last."""
     older: list[int] = field(default_factory=list)
     """For each place where the same pair ended before, or _NEVER."""
 
@@ -44,12 +47,14 @@ class _History:
 
     def _index(self, end: int) -> None:
         tokens, newest, older = self.tokens, self.newest, self.older
-        if not older:
+        if not older and end > 0:
             older.append(_NEVER)
+            self.seen[tokens[0]] = 0
         for place in range(len(older), end):
             pair = (tokens[place - 1], tokens[place])
             older.append(newest.get(pair, _NEVER))
             newest[pair] = place
+            self.seen[tokens[place]] = place
 
     def longest(self) -> tuple[int, int]:
         """Where the longest match of the tokens' end ends, and its length; the newest of equals. Length 0: none."""
@@ -64,6 +69,8 @@ class _History:
             if matched > length:
                 best, length = place, matched
             place = self.older[place]
+        if length == 0 and (single := self.seen.get(tokens[last], _NEVER)) != _NEVER:
+            return single, 1
         return best, length
 
     def _matched(self, place: int, last: int) -> int:
@@ -75,7 +82,7 @@ class _History:
 
 
 class NgramProposer:
-    """A `Proposer`. Holds a copy of the tokens of every output that asked, with 2 to 3 words a token."""
+    """A `Proposer`. Holds a copy of the tokens of every output that asked, with 3 to 4 words a token."""
 
     name = "ngram"
     cheap = True
@@ -115,6 +122,6 @@ def _continuation(tokens: list[int], start: int, count: int) -> list[int]:
 
 
 def strength_of(length: int) -> int:
-    """The class of a match of `length` tokens: 2, 3, 4, 5-6, 7-9, 10-14, 15-23, 24 and more."""
-    bounds = (3, 4, 5, 7, 10, 15, 24)
+    """The class of a match of `length` tokens: 1, 2, 3, 4, 5-7, 8-12, 13-23, 24 and more."""
+    bounds = (2, 3, 4, 5, 8, 13, 24)
     return min(sum(length >= bound for bound in bounds), STRENGTHS - 1)

@@ -30,7 +30,8 @@ PROBE_STEPS: Final = 128
 PROBE_TOKENS: Final = 3
 TRIES: Final = 8
 LONGEST_REST: Final = 3
-"""After each 8 times that nothing was verified an output rests twice as long, at last 8 steps."""
+"""After each 8 times that nothing was verified an output rests twice as long, at last 8 steps, and fewer where fewer
+than 8 outputs are aboard: for one alone asking is cheap beside a step."""
 AWAKE: Final = 4
 """Tokens in a row that a draft has right end the rest."""
 PROBE_CHANCE: Final = 0.5
@@ -58,9 +59,10 @@ class _Rest:
         self.left -= 1
         return self.left < 0
 
-    def asked(self, verified: bool) -> None:
+    def asked(self, verified: bool, outputs: int) -> None:
         self.refused = 0 if verified else self.refused + 1
-        self.left = (1 << min(LONGEST_REST, self.refused // TRIES)) - 1
+        longest = min(LONGEST_REST, outputs.bit_length() - 1)
+        self.left = (1 << min(longest, self.refused // TRIES)) - 1
 
 
 class Speculator:
@@ -125,7 +127,7 @@ class Speculator:
             chosen[candidate.place] = candidate.tokens[:count]
             self._proposed[candidate.key] = candidate.kind.proposer
         for want, tokens in zip(wants, chosen, strict=True):
-            self._rests[want.ask.key].asked(bool(tokens))
+            self._rests[want.ask.key].asked(bool(tokens), outputs)
         return chosen
 
     def _lengths(self, candidates: list[Candidate], outputs: int, rows: int, cost: Cost) -> list[int]:

@@ -42,13 +42,13 @@ def speculator(*proposers: Steady, slope: float = 0.02, most: int = 8) -> Specul
     return Speculator(SpeculationConfig(proposers, max_tokens=most), vocab_size=10, costs=costs)
 
 
-def step(spec: Speculator, slope: float, mode: str = "auto") -> int:
-    """One step of one output; returns the drafts that were verified."""
+def step(spec: Speculator, slope: float, mode: str = "auto", outputs: int = 1) -> int:
+    """One step of one output, maybe beside others that want nothing; returns the drafts that were verified."""
     wants = [Want(Ask(KEY, [5], [1], spec.most, SamplingParams()), Speculation(mode))] if spec.wants(KEY) else []
-    drafts = [*spec.drafts(wants, outputs=1, rows=1), []][0]
+    drafts = [*spec.drafts(wants, outputs=outputs, rows=outputs), []][0]
     accepted = next((i for i, token in enumerate(drafts) if token != 1), len(drafts))
     assert spec.saw(KEY, [1] * (accepted + 1), drafts) == accepted
-    spec.timed(1, len(drafts), 0, 1.0 + slope * len(drafts))
+    spec.timed(outputs, len(drafts), 0, 1.0 + slope * (outputs - 1 + len(drafts)))
     return len(drafts)
 
 
@@ -77,15 +77,17 @@ def test_drafts_that_cost_too_much_are_not_verified_but_their_cost_is_looked_at_
     assert cheap[-1] > 0
 
 
-def test_outputs_whose_drafts_are_no_good_are_asked_for_rarely() -> None:
+@pytest.mark.parametrize(("outputs", "asked"), [(1, 80), (2, 40), (16, 10)])
+def test_outputs_whose_drafts_are_no_good_are_asked_for_rarely(outputs: int, asked: int) -> None:
+    """In company: for one alone it costs little."""
     proposer = Steady(right=0)
     spec = speculator(proposer, slope=0.5)
     for _ in range(200):
-        step(spec, 0.5)
+        step(spec, 0.5, outputs=outputs)
     before = len(proposer.asked)
     for _ in range(80):
-        step(spec, 0.5)
-    assert len(proposer.asked) - before == 10
+        step(spec, 0.5, outputs=outputs)
+    assert len(proposer.asked) - before == asked
 
 
 def test_a_step_without_drafts_is_measured_now_and_then() -> None:
