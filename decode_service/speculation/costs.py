@@ -27,6 +27,8 @@ PACE_SHARE: Final = 1 / 4
 """Of a step's surprise what is put down to the pace of everything: far more than a single mean takes of it."""
 SHORTEST: Final = 1e-6
 """Seconds that a step takes at least, however coarse the clock."""
+LEAST_SLOPE: Final = 0.003
+"""Of the shortest step: what a row takes at least."""
 DEFAULT_SLOPE: Final = 0.05
 """Of a step of one row what another costs, where nothing was measured."""
 
@@ -89,9 +91,7 @@ class StepCosts:
 
     def __init__(self, base: Mapping[int, float] | None = None) -> None:
         """`base`: seconds of a step by its rows, as far as measured at the start."""
-        places = sorted(base or {})
-        highest = accumulate((base[place] for place in places) if base else (), max)  # more rows never take less
-        self._base = dict(zip(places, highest, strict=True)) or {1: 1.0, 2: 1.0 + DEFAULT_SLOPE}
+        self._base = _rising(base) if base else {1: 1.0, 2: 1.0 + DEFAULT_SLOPE}
         self._tables: dict[int, _Table] = {}
 
     def _table(self, outputs: int) -> _Table:
@@ -126,6 +126,18 @@ class StepCosts:
         table = self._table(outputs)
         cell = table.cells.get(_rung(rows))
         return table.steps - (cell.last if cell is not None else 0)
+
+
+def _rising(base: Mapping[int, float]) -> dict[int, float]:
+    """`base` in order of rows, where more rows always take more: a step that something else held up says nothing."""
+    places = sorted(base)
+    least = min(base.values()) * LEAST_SLOPE
+    slower = [base[place] - least * place for place in places]
+    falling = list(accumulate(reversed(slower), min))[::-1]  # the least of what follows: more rows took no longer
+    rising = {place: value + least * place for place, value in zip(places, falling, strict=True)}
+    if len(places) == 1:
+        rising[places[0] + 1] = base[places[0]] * (1 + DEFAULT_SLOPE)
+    return rising
 
 
 def _rung(rows: int) -> int:
