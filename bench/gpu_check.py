@@ -1,7 +1,8 @@
 """The GPU kernels on a real GPU: `PYTHONPATH=. python -m bench.gpu_check`, JSON lines.
 
 Needs torch with a GPU and its triton, and nothing else: no installed package. First every kernel beside its reference
-in bfloat16 and float16, then the main ones beside their floors. Ends with status 1 when one differs or fails.
+in bfloat16 and float16, then the main ones beside their floors, then whole steps of an 8B model with random weights.
+Ends with status 1 when one differs or fails.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import traceback
 
@@ -21,6 +23,9 @@ from bench.gpu_parity import checks
 from bench.gpu_speed import cases, measure_rates
 
 DEVICE = "cuda"
+POINTS = "tg1@1024,tg32@1024,tg64@1024,tg128@1024,tg256@1024,pp8x2048"
+STEPS = ("--device", "cuda", "--model", "random:llama-3-8b", "--chunk-size", "16384", "--points", POINTS, "--json")
+STEPS_SECONDS = 180
 
 
 def main() -> int:
@@ -29,6 +34,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names that have this in them")
     parser.add_argument("--skip-parity", action="store_true")
     parser.add_argument("--skip-speed", action="store_true")
+    parser.add_argument("--skip-steps", action="store_true")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: torch sees no GPU; what runs without one is in tests/kernels/triton", file=sys.stderr)
@@ -36,6 +42,7 @@ def main() -> int:
     _say(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
     failed = 0 if given.skip_parity else _parity(given.only)
     failed += 0 if given.skip_speed else _speed(given.only)
+    failed += 0 if given.skip_steps or given.only else _steps()
     _say(done=True, failed=failed)
     return 1 if failed else 0
 
@@ -67,6 +74,16 @@ def _speed(only: str) -> int:
             except Exception:
                 failed += 1
                 _say(case=case.name, ok=False, failure=traceback.format_exc()[-1500:])
+    return failed
+
+
+def _steps() -> int:
+    """Whole steps of Llama 3 8B, each way in a process of its own: the memory of both would not fit."""
+    failed = 0
+    torch.cuda.empty_cache()
+    for way in ("--graphs", "--no-graphs"):
+        command = [sys.executable, "-m", "bench.offline", *STEPS, way]
+        failed += subprocess.run(command, check=False, timeout=STEPS_SECONDS).returncode != 0
     return failed
 
 

@@ -7,6 +7,11 @@ N tokens in. Prompts are random token ids, decoding is greedy, end-of-sequence i
 Prints one JSON object a line; each figure is the median over `--runs` runs after one that is not counted (points with
 more than 16,384 prompt tokens: one run). With `--stdin` it loads once and then measures each point whose name comes in
 a line, one run each: what `bench.serve --beside-engine` takes turns with.
+
+On a GPU, with random weights and without any file (figures beside floors, see `bench.offline_gpu`):
+
+    python -m bench.offline --device cuda --model random:llama-3-8b --chunk-size 8192 \\
+        --points tg1@1024,tg32@1024,tg128@1024,tg256@1024,pp8x2048 --json
 """
 
 from __future__ import annotations
@@ -50,14 +55,17 @@ def blocks_for(points: Sequence[Point], block_size: int) -> int:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.offline", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="default", help="default, or a path to a GGUF file or Hugging Face folder")
+    parser.add_argument("--model", default="default", help="default, a path, or random:SHAPE (bench.random_weights)")
     parser.add_argument("--points", default="pp512,pp8x512,tg1,tg4,tg8,tg16,tg32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compute", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-dtype", default="auto", help="of the KV cache: float32, bfloat16, int8 or fp8_e4m3")
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--max-context", type=int, default=None, help="longest sequence; default: the model's")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="GPU: captured steps")
     parser.add_argument(
         "--stdin", action="store_true", help="measure what is named line by line; --points: what may come"
     )
@@ -65,17 +73,21 @@ def main() -> None:
     arguments = parser.parse_args()
     points = parse_points(arguments.points)
     settings = {
-        "compute": arguments.compute,
-        "dtype": arguments.dtype,
-        "kv_dtype": arguments.kv_dtype,
-        "threads": arguments.threads,
+        name: getattr(arguments, name)
+        for name in ("device", "compute", "dtype", "kv_dtype", "threads", "max_context", "graphs")
     }
+    if arguments.device == "cuda":
+        settings["max_sequences"] = max(point.sequences for point in points)
     num_blocks = blocks_for(points, BLOCK_SIZE)
     driver = SequenceDriver(
         load_bench_engine(arguments.model, settings, arguments.chunk_size, num_blocks), arguments.chunk_size
     )
     if arguments.stdin:
         emit(measure_asked(driver), as_json=True)
+    elif arguments.device == "cuda":
+        from bench.offline_gpu import measure_points
+
+        emit(measure_points(driver, points, arguments.runs), as_json=arguments.json)
     else:
         emit(run_points(functools.partial(measure, driver), points, arguments.runs), as_json=arguments.json)
 

@@ -92,7 +92,7 @@ def measure(model: str, ways: Sequence[str], tokens: int) -> Iterator[dict[str, 
     for way in ways:
         compute, _, kv_dtype = way.partition("/")
         settings = {"model": model, "compute": compute, "num_blocks": -(-WINDOW // 16), "block_size": 16}
-        settings["kv_dtype"] = kv_dtype or "auto"
+        settings |= {"kv_dtype": kv_dtype or "auto", "device": "cpu"}
         engine = load_engine(resolve(settings, read_config(model)))
         perplexity, likeliest = score(engine, windows)
         reference = reference or (perplexity, likeliest)

@@ -6,9 +6,6 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 
 def emit(rows: Iterable[Mapping[str, object]], *, as_json: bool) -> None:
     """Prints rows with equal keys: JSON as each comes, a table at the end."""
@@ -16,6 +13,9 @@ def emit(rows: Iterable[Mapping[str, object]], *, as_json: bool) -> None:
         for row in rows:
             print(json.dumps(row), flush=True)
         return
+    from rich.console import Console  # late: machines with a GPU have torch and little else
+    from rich.table import Table
+
     table = Table()
     for row in rows:
         if not table.columns:

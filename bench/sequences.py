@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from engine.batch import Batch, SampleSpec, Slice
+from bench.random_weights import open_random
+from engine.batch import Batch, Launched, SampleSpec, Slice
 from engine.block_pool import BlockPool
 from engine.block_table import BlockTable
 from engine.config import DEFAULT_NUM_BLOCKS, Settings
@@ -29,16 +31,20 @@ Advance = Callable[[int], None]
 def load_bench_engine(model: str, settings: Settings, chunk_size: int, num_blocks: int) -> Engine:
     """An engine for benchmarks: `settings` besides, and room for `num_blocks` blocks of BLOCK_SIZE tokens.
 
+    `model` may be "random:SHAPE" (`bench.random_weights`).
+
     What is loaded is left out of garbage collections from then on, as the services do.
     """
-    path = resolve_model(model)
+    checkpoint = open_random(model, str(settings.get("device", "cpu")))
+    path = model if checkpoint is not None else resolve_model(model)
     sizes = {
         "model": path,
         "block_size": BLOCK_SIZE,
         "num_blocks": max(DEFAULT_NUM_BLOCKS, num_blocks),
         "max_step_tokens": max(chunk_size, SMALLEST_STEP),
     }
-    engine = load_engine(resolve({**settings, **sizes}, read_config(path)))
+    config = read_config(path) if checkpoint is None else checkpoint.config
+    engine = load_engine(resolve({**settings, **sizes}, config), checkpoint=checkpoint)
     gc.collect()
     gc.freeze()
     return engine
@@ -102,6 +108,38 @@ class SequenceDriver:
     def decode(self, sequences: Sequence[BenchSequence]) -> None:
         """One more token for each."""
         self._step([(sequence, len(sequence.tokens)) for sequence in sequences])
+
+    def decode_ahead(self, sequences: Sequence[BenchSequence], steps: int) -> list[float]:
+        """`steps` tokens more for each: a step is launched while the one before runs, and takes its tokens on the
+        device. Returns the seconds that each launch took the host. Needs a runner that `overlaps`."""
+        seconds: list[float] = []
+        running: Launched | None = None
+        for step in range(steps):
+            batch = Batch([self._next_slice(s, place if step else None) for place, s in enumerate(sequences)])
+            start = time.perf_counter()
+            launched = self.engine.runner.launch(batch)
+            seconds.append(time.perf_counter() - start)
+            self._take(sequences, running)
+            running = launched
+        self._take(sequences, running)
+        for sequence in sequences:
+            sequence.computed = len(sequence.tokens) - 1
+        return seconds
+
+    def _next_slice(self, sequence: BenchSequence, follows: int | None) -> Slice:
+        """One decode row; with `follows` its token is not known yet."""
+        start = sequence.computed
+        sequence.computed += 1
+        sequence.table.ensure(start + 1)
+        token = 0 if follows is not None else sequence.tokens[start]
+        spec = SampleSpec(0, GREEDY, start + 1 - sequence.prompt_len)
+        return Slice("bench", [token], start, sequence.table.blocks, [spec], follows=follows)
+
+    def _take(self, sequences: Sequence[BenchSequence], launched: Launched | None) -> None:
+        if launched is None:
+            return
+        for sequence, drawn in zip(sequences, launched.collect().samples, strict=True):
+            sequence.tokens.append(drawn[0].token_id)
 
     def _step(self, work: Sequence[tuple[BenchSequence, int]]) -> None:
         """One step: each sequence computes its tokens up to `end` and samples when that is all it has."""

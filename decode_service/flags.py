@@ -21,6 +21,8 @@ class Flags(flags.Flags):
     speculation: SpeculationConfig
     draft_model: str | None
     self_draft_layers: str | None
+    automatic_speculation: bool = False
+    """Nobody asked for it by name."""
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:
@@ -82,4 +84,5 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         ),
         draft_model=values.draft_model,
         self_draft_layers=values.self_draft_layers,
+        automatic_speculation=values.speculation == "auto" and not any(given.values()),
     )

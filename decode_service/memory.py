@@ -6,7 +6,7 @@ computes, never from an older one, and never from one that is being received int
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from decode_service import admission
 from decode_service.config import SchedulerConfig
@@ -32,6 +32,9 @@ class Memory:
         """`requests` and `counters` are the scheduler's own; `dropped` is told of each request that leaves."""
         self._config = config
         self._pool = pool
+        self._held: frozenset[str] = frozenset()
+        self.leaving: list[Request] = []
+        """Dropped, but named by a step that runs."""
         self._requests = requests
         self._counters = counters
         self._dropped = dropped
@@ -100,9 +103,22 @@ class Memory:
             chain.hashes = block_hashes(request.root, tokens, size, chain.hashes)
             chain.table.register_full(chain.hashes, chain.computed)
 
+    def hold(self, keys: Iterable[str]) -> None:
+        """Steps that name blocks of these requests run on: `drop` keeps the blocks until none of a request does."""
+        self._held = frozenset(keys)
+        self.leaving, leaving = [], self.leaving
+        for request in leaving:
+            self._free(request)
+
+    def _free(self, request: Request) -> None:
+        if request.key in self._held:
+            self.leaving.append(request)
+        else:
+            request.free()
+
     def drop(self, request: Request) -> None:
         """Free everything that a request holds and forget it."""
-        request.free()
+        self._free(request)
         if self._requests.pop(request.key, None) is not None:
             self._dropped(request)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from decode_service import admission, adoption
+from decode_service.ahead import AheadPart, can_be_followed, following_parts
 from decode_service.config import SchedulerConfig
 from decode_service.events import Admission, Counters, Ended, Event, Load
 from decode_service.memory import Memory
@@ -49,6 +50,7 @@ class Scheduler:
         """Steps launched since the start."""
         self._requests: dict[str, Request] = {}
         self._plan: list[Part] = []
+        self._ahead: list[AheadPart] = []
         self._next_order = 0
         self._memory = Memory(config, pool, self._requests, self.counters, self._forget)
 
@@ -180,10 +182,36 @@ class Scheduler:
             part.request.last_step = self.steps
         return Batch([part.slice() for part in self._plan], copies)
 
+    def schedule_ahead(self) -> Batch | None:
+        """The step behind the one that runs, whose tokens it takes on the device; it may be launched at once.
+
+        None when that can't be said before the running step is over: see `decode_service.ahead`. `update` takes in
+        both, one after the other.
+        """
+        requests = [part.request for part in self._plan if part.request.key in self._requests]
+        busy = [request for request in self._requests.values() if request.state in (State.RUNNING, State.WAITING)]
+        if self._ahead or self.speculator.most or requests != busy or not can_be_followed(self._plan):
+            return None
+        parts = following_parts(self._plan, self.config)
+        parts = [part for part in parts if part.request.key in self._requests]
+        if not parts:
+            return None
+        self._ahead = parts
+        self._memory.hold(part.request.key for part in (*self._plan, *parts))
+        self.steps += 1
+        for part in parts:
+            part.request.last_step = self.steps
+        return Batch([part.slice() for part in parts])
+
+    def forget_ahead(self) -> None:
+        """The step that `schedule_ahead` gave was not launched."""
+        self._ahead = []
+
     def update(self, batch: Batch, output: StepOutput) -> list[Event]:
         """Take in what a step drew. Returns what happened, each request's events in order."""
         events: list[Event] = []
-        plan, self._plan = self._plan, []
+        plan, self._plan, self._ahead = self._plan, [*self._ahead], []
+        self._memory.hold(part.request.key for part in self._plan)
         if len(output.samples) != len(batch.slices) or len(plan) != len(batch.slices):
             raise InternalError(f"{len(output.samples)} answers for {len(batch.slices)} slices")
         for number, (part, slice_) in enumerate(zip(plan, batch.slices, strict=True)):
@@ -205,17 +233,18 @@ class Scheduler:
         self.speculator.timed(decoding, drafts, batch.num_tokens - decoding - drafts, seconds)
 
     def fail_step(self, error: TandemError) -> list[Event]:
-        """The step that was scheduled last failed: those aboard fail, the others go on."""
-        plan, self._plan = self._plan, []
+        """The steps that were scheduled and not taken in failed: those aboard fail, the others go on."""
+        plan = self._finish_steps()
         events: list[Event] = []
         for request in dict.fromkeys(part.request for part in plan):
-            self._memory.drop(request)
-            events.append(Failed(request.key, error))
+            if request.key in self._requests:
+                self._memory.drop(request)
+                events.append(Failed(request.key, error))
         return events
 
     def fail_all(self, error: TandemError) -> list[Event]:
         """The scheduler's own books are in doubt: everybody fails. Blocks being received into wait for `release`."""
-        self._plan = []
+        self._finish_steps()
         events: list[Event] = []
         for request in list(self._requests.values()):
             if request.state is State.RELEASING:
@@ -226,6 +255,12 @@ class Scheduler:
             else:
                 self._memory.drop(request)
         return events
+
+    def _finish_steps(self) -> list[Part]:
+        """No step runs any more; what was aboard."""
+        plan, self._plan, self._ahead = [*self._plan, *self._ahead], [], []
+        self._memory.hold(())
+        return plan
 
     # -- what others may look at -------------------------------------------------------------------
 
@@ -261,7 +296,8 @@ class Scheduler:
 
         For tests and idle times.
         """
-        self.pool.check_integrity(chain.table.held for r in self._requests.values() for chain in r.chains())
+        holding = (*self._requests.values(), *self._memory.leaving)
+        self.pool.check_integrity(chain.table.held for request in holding for chain in request.chains())
 
     # -- inside ------------------------------------------------------------------------------------
 

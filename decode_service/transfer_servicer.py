@@ -228,9 +228,7 @@ class _Transfer:
             self._count()
             return committed
         try:
-            await self._worker.engine.call_with_events(
-                lambda scheduler: (None, scheduler.commit(key, commit.record, commit.token_end))
-            )
+            await self._worker.engine.commit(key, commit.record, commit.token_end, self._session.lease.blocks)
         except Exception as exc:
             self._worker.fail_stream(key, exc if isinstance(exc, TandemError) else InternalError(f"commit: {exc}"))
             raise

@@ -24,11 +24,17 @@ class Loaded:
     speculation: SpeculationConfig
 
 
+def speculation_of(engine: Engine, flags: Flags) -> SpeculationConfig:
+    """A GPU's decode steps are captured and launched ahead; those that verify drafts are neither, unless asked for."""
+    unasked = flags.automatic_speculation and engine.engine_config.device == "cuda"
+    return SpeculationConfig() if unasked else flags.speculation
+
+
 def load(flags: Flags) -> Loaded:
     """Load the model; blocking. Raises ConfigError."""
     engine = loading.load(flags)
     config = engine.engine_config
-    speculation = with_models(flags.speculation, flags, engine)
+    speculation = with_models(speculation_of(engine, flags), flags, engine)
     if not speculation.proposers:
         return Loaded(engine, {}, speculation)
     most = config.context_limit(engine.model_config)
@@ -45,7 +51,7 @@ def parts_of(
     """A loaded engine's identity and limits. `step_costs`: seconds of its steps by their rows; `speculation`: with the
     proposers that need a model.
     """
-    speculation = flags.speculation if speculation is None else speculation
+    speculation = speculation_of(engine, flags) if speculation is None else speculation
     identity = loading.identity_of(engine, flags, metrics_address)
     names = tuple(proposer.name for proposer in speculation.proposers)
     identity = replace(identity, convert_kv_dtype=flags.convert_kv_dtype, proposers=names)

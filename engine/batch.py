@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tandem.errors import TandemError
 from tandem.record import SamplingParams, TokenLogprobs
@@ -62,6 +62,9 @@ class Slice:
     """How many of `token_ids`, the last ones, are guesses at what will be drawn."""
     output: int | None = None
     """Which of the request's n outputs the sequence is; None: it is the prompt of several."""
+    follows: int | None = None
+    """The last of `token_ids` is a placeholder for what this draw of the step launched before brings (counted over all
+    its draws): that step need not be collected yet. Only where the runner `overlaps`."""
 
     @property
     def end(self) -> int:
@@ -94,6 +97,9 @@ class Batch:
 
     slices: list[Slice]
     copies: list[tuple[int, int]] = field(default_factory=list)
+    arrived: list[int] = field(default_factory=list)
+    """Blocks that transfers have filled in the host's memory since the last step; on a GPU they are brought there first
+    of all. Where the cache is the host's there is nothing to do."""
 
     @property
     def num_tokens(self) -> int:
@@ -122,6 +128,14 @@ class StepOutput:
     request."""
 
 
+class Launched(Protocol):
+    """A step that was launched and may still run."""
+
+    def collect(self) -> StepOutput:
+        """Wait for it. Once."""
+        ...
+
+
 class StepRunner(Protocol):
     """Runs batches on one device. Stateless about sequences; called from one thread."""
 
@@ -131,4 +145,19 @@ class StepRunner(Protocol):
 
     def warm_up(self) -> None:
         """Pays for lazy initialisation before the first request."""
+        ...
+
+
+@runtime_checkable
+class OverlappingRunner(Protocol):
+    """A `StepRunner` whose steps can be launched and collected apart."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched before the last one is collected, and take tokens from it
+        (`Slice.follows`)."""
+        ...
+
+    def launch(self, batch: Batch) -> Launched:
+        """The first half of `run`: raises what that does. Steps are collected in order."""
         ...

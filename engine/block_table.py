@@ -74,8 +74,8 @@ class BlockTable:
         return copies
 
     def extend(self, num_tokens: int) -> bool:
-        """After `ensure` for the same step: room for drafts up to position num_tokens-1, in private blocks that are
-        free now. False: there is none, and nothing has changed.
+        """After `ensure` for the same step: room for drafts, or for the next step's token, up to position num_tokens-1,
+        in private blocks that are free now. False: there is none, and nothing has changed.
         """
         if self._shared_places(num_tokens, self.num_tokens):
             return False

@@ -17,16 +17,20 @@ from typing import Final, Literal
 
 from tandem.errors import ConfigError
 
-Compute = Literal["exact", "bf16", "int8"]
-Dtype = Literal["float32", "bfloat16"]
-KvDtype = Literal["float32", "bfloat16", "int8", "float8_e4m3"]
+DeviceKind = Literal["cpu", "cuda"]
+Compute = Literal["exact", "bf16", "int8", "native", "fp8", "int4"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+KvDtype = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3"]
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 ROPE_KINDS: Final = ("default", "linear", "llama3", "yarn")
+DEVICES: Final = ("auto", "cpu", "cuda")
 COMPUTES: Final = ("auto", "exact", "bf16", "int8")
+GPU_COMPUTES: Final = ("auto", "native", "fp8", "int8", "int4")
 DTYPES: Final = ("auto", "float32", "bfloat16")
-DTYPE_ALIASES: Final = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16"}
-DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2}
+GPU_DTYPES: Final = (*DTYPES, "float16")
+DTYPE_ALIASES: Final = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
+DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_DTYPES: Final = ("auto", "float32", "bfloat16", "int8", "fp8_e4m3")
 KV_DTYPE_NAMES: Final[Mapping[str, KvDtype]] = {
     "float32": "float32",
@@ -42,7 +46,11 @@ BLOCK_SIZES: Final = (1, 256)
 CGROUP_LIMITS: Final = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """A container's memory limit as it sees it, in bytes: cgroup version 2, and 1."""
 
+BY_FREE_MEMORY: Final = 0
+"""`EngineConfig.num_blocks` of a GPU until the model is loaded: as many as its memory then holds."""
 DEFAULT_NUM_BLOCKS: Final = 2048
+GPU_STEP_TOKENS: Final = 8192
+GPU_SEQUENCES: Final = 256
 DEFAULT_KV_SHARE: Final = 0.125
 """Share of the machine's memory that the KV cache may grow to when nothing is said; workers share machines."""
 
@@ -132,14 +140,18 @@ class EngineConfig:
 
     model: str
     """Path of a GGUF file or a Hugging Face folder."""
-    device: Literal["cpu"] = "cpu"
+    device: DeviceKind = "cpu"
+    """"cuda" is what torch calls a GPU, AMD's too; which of several, CUDA_VISIBLE_DEVICES says."""
     compute: Compute = "exact"
     """"exact": float32 products in a fixed order, a row's bits depend on nothing else. "int8": int8 activations and the
-    weights' own 4 or 8 bits, the fastest; a row's bits depend on nothing else either. "bf16": not row-invariant."""
+    weights' own 4 or 8 bits, the fastest; a row's bits depend on nothing else either. "bf16": not row-invariant.
+    On a GPU, where nothing is row-invariant and activations have `dtype`, "native" has weights in it too; "fp8" and
+    "int8" round weights and what they are multiplied with to 8 bits; "int4" weights alone, or takes a file's codes."""
     dtype: Dtype = "float32"
-    """What the weights of the big products are held in; means nothing with compute int8. Activations are float32."""
+    """What the weights of the big products are held in; means nothing with compute int8. A CPU's activations are
+    float32."""
     kv_dtype: KvDtype = "float32"
-    """int8 and float8_e4m3 have a scale for each position and head (`kernels.kv_codes`)."""
+    """int8 and float8_e4m3 have a scale for each position and head (`kernels.kv_codes`). On a GPU that of `dtype`."""
     block_size: int = 16
     num_blocks: int = DEFAULT_NUM_BLOCKS
     max_step_tokens: int = 512
@@ -152,6 +164,8 @@ class EngineConfig:
     """Lowers the model's own limit; None: the model's."""
     share_weights: bool = True
     """One copy of the packed weights for this user's processes on this machine (compute int8, Linux)."""
+    graphs: bool = True
+    """Capture decode steps as graphs, where the device can."""
 
     def context_limit(self, model: ModelConfig) -> int:
         """The longest sequence in tokens that this engine serves of `model`."""
@@ -184,46 +198,63 @@ SETTINGS: Final = (*(f.name for f in fields(EngineConfig)), "kv_memory")
 
 
 def resolve_engine_config(
-    settings: Settings, model_config: ModelConfig | None = None, *, fastest: Compute = "exact"
+    settings: Settings,
+    model_config: ModelConfig | None = None,
+    *,
+    fastest: Compute = "exact",
+    found: DeviceKind = "cpu",
 ) -> EngineConfig:
     """Turn flags into an `EngineConfig`: "auto" (or None, or a missing key) becomes a concrete value.
 
-    `fastest` is what compute "auto" becomes when dtype is "auto" too (`engine.loading.resolve` knows the machine).
+    `fastest` is what compute "auto" becomes on a CPU when dtype is "auto" too, `found` what device "auto" becomes
+    (`engine.loading.resolve` knows the machine).
 
     `settings` has keys from `SETTINGS`; `model` is required. `model_config` (from `engine.weights.read_config`) lets
-    `num_blocks` follow memory; without it "auto" is `DEFAULT_NUM_BLOCKS`, and `kv_memory` is refused.
-    Raises ConfigError with the key and the allowed values.
+    `num_blocks` follow memory; without it "auto" is `DEFAULT_NUM_BLOCKS`, and `kv_memory` is refused. On a GPU "auto"
+    is `BY_FREE_MEMORY`. Raises ConfigError with the key and the allowed values.
     """
     unknown = sorted(set(settings) - set(SETTINGS))
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; known: {', '.join(sorted(SETTINGS))}")
-    compute = _resolve_compute(settings, fastest)
-    dtype = _resolve_dtype(settings, "dtype", "bfloat16" if compute == "bf16" else "float32")
+    device = resolve_device(settings, found)
+    gpu = device == "cuda"
+    compute = _resolve_compute(settings, device, fastest)
+    dtype = _resolve_dtype(settings, "dtype", "bfloat16" if gpu or compute == "bf16" else "float32", gpu)
     if compute == "bf16" and dtype != "bfloat16":
         raise ConfigError(f"dtype: compute bf16 holds weights in bfloat16, not {dtype}; use dtype bfloat16 or auto")
-    _choice(settings, "device", ("auto", "cpu"))
     model = settings.get("model")
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise ConfigError("model: must be the path of a GGUF file or a Hugging Face folder")
     config = EngineConfig(
         model=str(os.fspath(model)),
+        device=device,
         compute=compute,
         dtype=dtype,
-        kv_dtype=_resolve_kv_dtype(settings, "float32" if compute == "exact" else "bfloat16"),
+        kv_dtype=_resolve_kv_dtype(settings, compute, dtype, gpu),
         block_size=_integer(settings, "block_size", 16, *BLOCK_SIZES),
         num_blocks=DEFAULT_NUM_BLOCKS,
-        max_step_tokens=_integer(settings, "max_step_tokens", 512, 1, 1 << 16),
-        max_sequences=_integer(settings, "max_sequences", 64, 1, 4096),
+        max_step_tokens=_integer(settings, "max_step_tokens", GPU_STEP_TOKENS if gpu else 512, 1, 1 << 16),
+        max_sequences=_integer(settings, "max_sequences", GPU_SEQUENCES if gpu else 64, 1, 4096),
         prefix_cache=_boolean(settings, "prefix_cache", True),
         threads=_optional_integer(settings, "threads", 1, 1024),
         max_context=_optional_integer(settings, "max_context", 1, 1 << 24),
         share_weights=_boolean(settings, "share_weights", True),
+        graphs=_boolean(settings, "graphs", True),
     )
     return replace(config, num_blocks=_resolve_num_blocks(settings, config, model_config))
 
 
-def _resolve_compute(settings: Settings, fastest: Compute) -> Compute:
+def resolve_device(settings: Settings, found: DeviceKind) -> DeviceKind:
+    """The device that `settings` ask for; "auto" is `found`. Raises ConfigError."""
+    chosen = _choice(settings, "device", DEVICES)
+    return found if chosen == "auto" else "cuda" if chosen == "cuda" else "cpu"
+
+
+def _resolve_compute(settings: Settings, device: DeviceKind, fastest: Compute) -> Compute:
     """auto is never bf16: its products are not row-invariant, so somebody must choose that."""
+    if device == "cuda":
+        asked = _choice(settings, "compute", GPU_COMPUTES)
+        return "fp8" if asked == "fp8" else "int8" if asked == "int8" else "int4" if asked == "int4" else "native"
     chosen = _choice(settings, "compute", COMPUTES)
     any_dtype = _choice(settings, "dtype", DTYPES, DTYPE_ALIASES) == "auto"
     if chosen == "int8" and not any_dtype:
@@ -233,16 +264,24 @@ def _resolve_compute(settings: Settings, fastest: Compute) -> Compute:
     return "int8" if chosen == "int8" else "bf16" if chosen == "bf16" else "exact"
 
 
-def _resolve_dtype(settings: Settings, key: str, automatic: Dtype) -> Dtype:
-    chosen = _choice(settings, key, DTYPES, DTYPE_ALIASES)
+def _resolve_dtype(settings: Settings, key: str, automatic: Dtype, gpu: bool) -> Dtype:
+    chosen = _choice(settings, key, GPU_DTYPES if gpu else DTYPES, DTYPE_ALIASES)
     if chosen == "float32":
         return "float32"
-    return "bfloat16" if chosen == "bfloat16" else automatic
+    return "bfloat16" if chosen == "bfloat16" else "float16" if chosen == "float16" else automatic
 
 
-def _resolve_kv_dtype(settings: Settings, automatic: KvDtype) -> KvDtype:
-    chosen = _choice(settings, "kv_dtype", KV_DTYPES, {**DTYPE_ALIASES, "float8_e4m3": "fp8_e4m3", "fp8": "fp8_e4m3"})
-    return KV_DTYPE_NAMES.get(chosen, automatic)
+def _resolve_kv_dtype(settings: Settings, compute: Compute, dtype: Dtype, gpu: bool) -> KvDtype:
+    if gpu:
+        chosen = _resolve_dtype(settings, "kv_dtype", dtype, gpu=True)
+        if chosen != dtype:
+            raise ConfigError(
+                f"kv_dtype: on a GPU keys and values have the dtype of activations, {dtype}; not {chosen}"
+            )
+        return chosen
+    aliases = {**DTYPE_ALIASES, "float8_e4m3": "fp8_e4m3", "fp8": "fp8_e4m3"}
+    automatic: KvDtype = "float32" if compute == "exact" else "bfloat16"
+    return KV_DTYPE_NAMES.get(_choice(settings, "kv_dtype", KV_DTYPES, aliases), automatic)
 
 
 def _resolve_num_blocks(settings: Settings, config: EngineConfig, model: ModelConfig | None) -> int:
@@ -253,6 +292,8 @@ def _resolve_num_blocks(settings: Settings, config: EngineConfig, model: ModelCo
         raise ConfigError("kv_memory: give num_blocks or kv_memory, not both")
     if explicit is not None:
         return explicit
+    if config.device == "cuda" and memory is None:
+        return BY_FREE_MEMORY
     if model is None:
         if memory is not None:
             raise ConfigError("kv_memory: needs the model's shape; give num_blocks")
@@ -263,7 +304,7 @@ def _resolve_num_blocks(settings: Settings, config: EngineConfig, model: ModelCo
             raise ConfigError(f"kv_memory: {memory} bytes hold no block; one block takes {block_bytes} bytes")
         return memory // block_bytes
     useful = config.max_sequences * -(-config.context_limit(model) // config.block_size)
-    return max(1, min(useful, int(_machine_memory() * DEFAULT_KV_SHARE) // block_bytes))
+    return max(1, min(useful, int(machine_memory() * DEFAULT_KV_SHARE) // block_bytes))
 
 
 def _choice(settings: Settings, key: str, allowed: tuple[str, ...], aliases: Mapping[str, str] | None = None) -> str:
@@ -300,7 +341,7 @@ def _boolean(settings: Settings, key: str, default: bool) -> bool:
     return value
 
 
-def _machine_memory() -> int:
+def machine_memory() -> int:
     """Bytes of physical memory, or what this container may use of it when that is less."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in CGROUP_LIMITS:

@@ -38,7 +38,10 @@ def _layers(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _kernels(checkpoint: Checkpoint, path: Path) -> str:
     """What compute auto means here for this model."""
-    compute = resolve({"model": str(path)}, checkpoint.config).compute
+    config = resolve({"model": str(path)}, checkpoint.config)
+    compute = config.compute
+    if config.device == "cuda":
+        return f"{compute} (a GPU's, {config.dtype})"
     implementation = dispatch.select().name
     if compute == "int8":
         return f"int8 ({'AMX tiles' if dispatch.has_tiles() else dispatch.int8_isa()})"

@@ -1,4 +1,4 @@
-"""The paged KV cache: one piece of memory that may be shared with other processes, and tensors over it.
+"""The paged KV cache: one piece of memory that may be shared with other processes, and tensors over it; or in a GPU's.
 
 Life cycle: sized by `kv_bytes` -> built over the caller's buffer or memory of its own, no page touched -> written by
 steps and by transfers -> dropped. Who may write which block is the block pool's business, not the cache's.
@@ -22,6 +22,7 @@ from tandem.errors import ConfigError
 TORCH_DTYPES: Final = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
     "int8": torch.int8,
     "float8_e4m3": torch.float8_e4m3fn,
 }
@@ -31,6 +32,55 @@ def kv_bytes(model_config: ModelConfig, engine_config: EngineConfig) -> tuple[in
     """(bytes of one block over all layers, bytes of the whole pool)."""
     block = engine_config.block_bytes(model_config)
     return block, block * engine_config.num_blocks
+
+
+def kv_shape(model_config: ModelConfig, engine_config: EngineConfig) -> tuple[int, ...]:
+    """[num_blocks, layers, 2, kv_heads, block_size, head_dim]."""
+    heads, dim = model_config.num_kv_heads, model_config.head_dim
+    return engine_config.num_blocks, model_config.num_layers, 2, heads, engine_config.block_size, dim
+
+
+class DeviceKVCache:
+    """The cache as one tensor of a GPU, zeroed: what padding reads must be finite."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        engine_config: EngineConfig,
+        device: torch.device,
+        buffer: memoryview | None = None,
+    ) -> None:
+        """`buffer`: the host's memory for the same blocks, see `engine.device.mirror`; None: reserved when asked for.
+
+        Raises ConfigError when the GPU hasn't so much memory.
+        """
+        self.order = PLAIN
+        self.scales: Tensor | None = None
+        self._mirror = buffer
+        self.block_bytes, total = kv_bytes(model_config, engine_config)
+        dtype = TORCH_DTYPES[engine_config.kv_dtype]
+        try:
+            self.tensor = torch.zeros(kv_shape(model_config, engine_config), dtype=dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{total} bytes of KV blocks don't fit the GPU's free memory; use fewer blocks (--num-blocks)"
+            ) from error
+        self.blocks = self.tensor.view(engine_config.num_blocks, -1).view(torch.uint8)
+        """All bytes: uint8 [num_blocks, block_bytes]."""
+
+    def layer(self, index: int) -> Tensor:
+        """K and V of one layer: a view [num_blocks, 2, kv_heads, block_size, head_dim]."""
+        return self.tensor[:, index]
+
+    def layer_scales(self, index: int) -> Tensor | None:
+        """None: the dtypes here have none."""
+        return self.scales
+
+    def blocks_view(self) -> memoryview:
+        """The host's memory for the same blocks, uint8 [num_blocks * block_bytes]: no page of it is touched here."""
+        if self._mirror is None:
+            self._mirror = _reserve(self.tensor.nbytes)
+        return self._mirror.cast("B")
 
 
 class KVCache:

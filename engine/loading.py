@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 
-from engine.config import EngineConfig, ModelConfig, Settings, resolve_engine_config
-from engine.kv_cache import KVCache, kv_bytes
+from engine.config import (
+    BY_FREE_MEMORY,
+    EngineConfig,
+    ModelConfig,
+    Settings,
+    machine_memory,
+    resolve_device,
+    resolve_engine_config,
+)
+from engine.device.decode_graphs import CaptureProgress
+from engine.device.device import Device, open_gpu
+from engine.device.memory import blocks_that_fit
+from engine.device.steps import DeviceSteps
+from engine.kv_cache import TORCH_DTYPES, DeviceKVCache, KVCache, kv_bytes
+from engine.models.device_loader import load_device_model
 from engine.models.fused import FusedModel, step_shape
 from engine.models.int8_loader import load_int8_model
 from engine.models.loader import load_model
@@ -18,6 +32,8 @@ from engine.models.transformer import Model, Progress
 from engine.runner import Runner
 from engine.weights import Checkpoint, checkpoint_id, open_checkpoint
 from kernels import dispatch
+from kernels.backends import AttentionShape, for_device
+from kernels.dispatch import Implementation
 from tandem.errors import ConfigError
 
 logger = logging.getLogger("engine")
@@ -29,10 +45,14 @@ NOT_INVARIANT_WARNING = (
 
 
 def resolve(settings: Settings, model_config: ModelConfig) -> EngineConfig:
-    """`resolve_engine_config` for this machine: compute "auto" is "int8" where that is fast and the model's shape fits.
+    """`resolve_engine_config` for this machine: device "auto" is a GPU where torch sees one; on a CPU compute "auto" is
+    "int8" where that is fast and the model's shape fits.
 
-    Raises ConfigError, also for compute "int8" where it can't be had.
+    Raises ConfigError, also for a device or a compute that can't be had.
     """
+    found = resolve_device(settings, "cuda" if torch.cuda.is_available() else "cpu")
+    if found == "cuda":
+        return resolve_engine_config(settings, model_config, found=found)
     reason = step_shape(model_config).why_not()
     if dispatch.select().name != "cpp":
         reason = "the C++ kernels are not there"
@@ -50,10 +70,12 @@ class Engine:
     engine_config: EngineConfig
     model_id: str
     numerics_id: str
-    kv_cache: KVCache
+    kv_cache: KVCache | DeviceKVCache
     runner: Runner
 
 
+MIRROR_SHARE: Final = 0.25
+"""Of the host's memory: for a worker's KV blocks on their way to or from a GPU. There may be two workers."""
 BufferFactory = Callable[[int, int], memoryview]
 """(number of blocks, bytes a block) -> their memory, writable."""
 
@@ -62,33 +84,109 @@ def load_engine(
     engine_config: EngineConfig,
     buffer_factory: BufferFactory | None = None,
     progress: Progress | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    transfers: bool = False,
 ) -> Engine:
     """Load the model and reserve the cache; blocking. With `buffer_factory` the caller supplies the cache's memory.
 
-    Raises ModelFormatError for the model, ConfigError for what the machine can't give.
+    `checkpoint` is one that is open already; it is closed here. `transfers`: see `load_on_device`. Raises
+    ModelFormatError for the model, ConfigError for what the machine can't give.
     """
     if engine_config.threads is not None:
         torch.set_num_threads(engine_config.threads)
+    opened = checkpoint or open_checkpoint(engine_config.model)
+    try:
+        identity = checkpoint_id(opened)
+        if engine_config.device == "cuda":
+            return load_on_device(
+                opened,
+                identity,
+                engine_config,
+                open_gpu(),
+                progress,
+                buffer_factory=buffer_factory,
+                transfers=transfers,
+            )
+        return _load_on_cpu(opened, identity, engine_config, buffer_factory, progress)
+    finally:
+        opened.close()
+
+
+def _load_on_cpu(
+    checkpoint: Checkpoint,
+    identity: str,
+    engine_config: EngineConfig,
+    buffer_factory: BufferFactory | None,
+    progress: Progress | None,
+) -> Engine:
     implementation = dispatch.select()
     if engine_config.compute == "exact" and not implementation.row_invariant:
         logger.warning(NOT_INVARIANT_WARNING, implementation.name)
-    checkpoint = open_checkpoint(engine_config.model)
-    try:
-        identity = checkpoint_id(checkpoint)
-        model = _load_model(checkpoint, identity, engine_config, progress)
-        model_config = checkpoint.config
-    finally:
-        checkpoint.close()
-    block_bytes, _ = kv_bytes(model_config, engine_config)
+    model = _load_model(checkpoint, identity, engine_config, progress)
+    block_bytes, _ = kv_bytes(checkpoint.config, engine_config)
     buffer = buffer_factory(engine_config.num_blocks, block_bytes) if buffer_factory is not None else None
-    kv_cache = KVCache(model_config, engine_config, buffer)
+    kv_cache = KVCache(checkpoint.config, engine_config, buffer)
     return Engine(
-        model_config=model_config,
+        model_config=checkpoint.config,
         engine_config=engine_config,
         model_id=identity,
         numerics_id=numerics_id(engine_config, implementation),
         kv_cache=kv_cache,
         runner=Runner(model, kv_cache, engine_config),
+    )
+
+
+def load_on_device(
+    checkpoint: Checkpoint,
+    identity: str,
+    engine_config: EngineConfig,
+    device: Device,
+    progress: Progress | None = None,
+    capture_progress: CaptureProgress | None = None,
+    *,
+    buffer_factory: BufferFactory | None = None,
+    transfers: bool = False,
+) -> Engine:
+    """An engine on a GPU, or on what a test has in its place. Raises as `load_engine`.
+
+    `transfers`: blocks have a place on the host too (`engine.device.mirror`), no more of them than that holds. With
+    `buffer_factory` it is that memory, and what steps write goes there.
+    """
+    config = checkpoint.config
+    backend = for_device(attention_shape(config, engine_config), device.torch)
+    model = load_device_model(checkpoint, engine_config, backend, device.torch, progress)
+    most = int(machine_memory() * MIRROR_SHARE) if transfers else None
+    if engine_config.num_blocks == BY_FREE_MEMORY:
+        engine_config = replace(engine_config, num_blocks=blocks_that_fit(model, engine_config, device, most))
+    block_bytes, _ = kv_bytes(config, engine_config)
+    mirrored = buffer_factory is not None
+    buffer = buffer_factory(engine_config.num_blocks, block_bytes) if buffer_factory is not None else None
+    kv_cache = DeviceKVCache(config, engine_config, device.torch, buffer)
+    steps = DeviceSteps(model, kv_cache, engine_config, device, capture_progress, mirrored=mirrored)
+    numerics = f"{backend.operations.numerics}-{backend.attention.name}"
+    return Engine(
+        model_config=config,
+        engine_config=engine_config,
+        model_id=identity,
+        numerics_id=numerics_id(engine_config, Implementation(backend.operations.name, numerics, False)),
+        kv_cache=kv_cache,
+        runner=Runner(model, kv_cache, engine_config, steps),
+    )
+
+
+def attention_shape(config: ModelConfig, engine_config: EngineConfig) -> AttentionShape:
+    """What attention may know before the first step."""
+    return AttentionShape(
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=engine_config.block_size,
+        dtype=TORCH_DTYPES[engine_config.dtype],
+        kv_dtype=TORCH_DTYPES[engine_config.kv_dtype],
+        max_sequences=engine_config.max_sequences,
+        max_context=engine_config.context_limit(config),
+        windows=tuple(config.layer_window(layer) for layer in range(config.num_layers)),
     )
 
 

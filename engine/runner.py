@@ -4,45 +4,69 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Protocol
 
-import numpy as np
 import torch
 
-from engine.batch import Batch, SampleSpec, Slice, StepOutput
+from engine.batch import Batch, Launched, SampleSpec, Slice, StepOutput
 from engine.config import EngineConfig
-from engine.kv_cache import KVCache
+from engine.kv_cache import DeviceKVCache, KVCache
 from engine.models.fused import FusedModel
 from engine.models.meta import ForwardMeta
 from engine.models.skipping import KeptCache
 from engine.models.transformer import Model
+from engine.placing import place, rows_to_sample
 from engine.sampler import greedy_rows, sample
 from kernels.blocks import copy_blocks
 from tandem.errors import InternalError
 from tandem.record import SamplingParams
 
 
-class Runner:
-    """A `StepRunner` on the CPU. Called from one thread."""
+class Steps(Protocol):
+    """How one device computes steps. One engine's, called from one thread."""
 
-    def __init__(self, model: Model | FusedModel, kv_cache: KVCache | KeptCache, engine_config: EngineConfig) -> None:
-        """All three belong together: see `engine.loading.load_engine`."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched before the last one is collected, and follow its draws."""
+
+    def launch(self, batch: Batch) -> Launched:
+        """Copies, rows, draws. Raises InternalError for a batch that breaks its contract."""
+
+    def warm_up(self) -> None:
+        """What a device wants beside the first steps."""
+
+
+class Runner:
+    """A `StepRunner`, the same on every device. Called from one thread."""
+
+    def __init__(
+        self,
+        model: Model | FusedModel,
+        kv_cache: KVCache | DeviceKVCache | KeptCache,
+        engine_config: EngineConfig,
+        steps: Steps | None = None,
+    ) -> None:
+        """All four belong together: see `engine.loading.load_engine`. `steps` None: those of the CPU."""
         self.model = model
-        self._kv = kv_cache
+        self._steps = steps or HostSteps(model, kv_cache, engine_config)
         self._block_size = engine_config.block_size
         self._threads = engine_config.threads
         self._bound = threading.local()
 
     def run(self, batch: Batch) -> StepOutput:
         """See `StepRunner.run`."""
+        return self.launch(batch).collect()
+
+    def launch(self, batch: Batch) -> Launched:
+        """`run` in two halves: on a GPU the step runs on while the caller does something else."""
         self._bind_thread()
-        copy_blocks(self._kv.blocks, batch.copies)
-        if not batch.slices:
-            return StepOutput([])
         with torch.inference_mode():
-            token_ids, meta = build_meta(batch.slices, self._block_size)
-            rows = sampled_rows(batch.slices, meta)
-            predictions = self.model.step(token_ids, meta, self._kv, rows, greedy_rows(batch))
-        return sample(batch, predictions)
+            return self._steps.launch(batch)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched before the last one is collected (`Slice.follows`)."""
+        return self._steps.overlaps
 
     def _bind_thread(self) -> None:
         """OpenMP counts threads per calling thread: what the loading thread set doesn't hold on the engine's."""
@@ -56,6 +80,45 @@ class Runner:
         length = min(2, self._block_size)
         self.run(Batch([Slice("warm-up", [0] * length, 0, [0], [spec])]))
         self.run(Batch([Slice("warm-up", [0], 0, [0], [spec])]))
+        with torch.inference_mode():
+            self._steps.warm_up()
+
+
+class _Done:
+    """A step that was over when its launch returned."""
+
+    def __init__(self, output: StepOutput) -> None:
+        self._output = output
+
+    def collect(self) -> StepOutput:
+        return self._output
+
+
+class HostSteps:
+    """Steps on the CPU: a launch computes all of it."""
+
+    overlaps = False
+
+    def __init__(
+        self, model: Model | FusedModel, kv_cache: KVCache | DeviceKVCache | KeptCache, config: EngineConfig
+    ) -> None:
+        """See `Runner`."""
+        self._model, self._kv, self._block_size = model, kv_cache, config.block_size
+
+    def warm_up(self) -> None:
+        """Nothing to do."""
+
+    def launch(self, batch: Batch) -> Launched:
+        """See `Steps`."""
+        copy_blocks(self._kv.blocks, batch.copies)
+        if not batch.slices:
+            return _Done(StepOutput([]))
+        if any(part.follows is not None for part in batch.slices):
+            raise InternalError("a step on the CPU follows nothing: it is over when it was launched")
+        token_ids, meta = build_meta(batch.slices, self._block_size)
+        rows = sampled_rows(batch.slices, meta)
+        predictions = self._model.step(token_ids, meta, self._kv, rows, greedy_rows(batch))
+        return _Done(sample(batch, predictions))
 
 
 def build_meta(slices: Sequence[Slice], block_size: int) -> tuple[torch.Tensor, ForwardMeta]:
@@ -63,36 +126,17 @@ def build_meta(slices: Sequence[Slice], block_size: int) -> tuple[torch.Tensor, 
 
     Raises InternalError for an empty slice or one that its block table doesn't cover.
     """
-    count = len(slices)
-    lengths = np.fromiter((len(part.token_ids) for part in slices), np.int64, count)
-    starts = np.fromiter((part.start for part in slices), np.int64, count)
-    ends = starts + lengths
-    widths = [len(part.block_table) for part in slices]
-    if lengths.min() < 1 or starts.min() < 0 or bool((ends > np.array(widths) * block_size).any()):
-        raise InternalError("a slice is empty, or its block table does not cover it")
-    tables = np.zeros((count, max(widths)), np.int32)
-    for row, part in enumerate(slices):
-        tables[row, : widths[row]] = part.block_table
-    query_starts = np.zeros(count + 1, np.int32)
-    np.cumsum(lengths, out=query_starts[1:])
-    owner = np.repeat(np.arange(count), lengths)
-    positions = np.arange(query_starts[-1], dtype=np.int64) - query_starts[owner] + starts[owner]
-    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    ids = np.fromiter((token for part in slices for token in part.token_ids), np.int64, int(query_starts[-1]))
+    placing = place(slices, block_size)
     meta = ForwardMeta(
-        positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(slots),
-        block_tables=torch.from_numpy(tables),
-        query_starts=torch.from_numpy(query_starts),
-        context_lens=torch.from_numpy(ends.astype(np.int32)),
+        positions=torch.from_numpy(placing.positions),
+        slots=torch.from_numpy(placing.slots),
+        block_tables=torch.from_numpy(placing.block_tables),
+        query_starts=torch.from_numpy(placing.query_starts),
+        context_lens=torch.from_numpy(placing.context_lens),
     )
-    return torch.from_numpy(ids), meta
+    return torch.from_numpy(placing.token_ids), meta
 
 
 def sampled_rows(slices: Sequence[Slice], meta: ForwardMeta) -> torch.Tensor:
-    """The rows whose logits are sampled, int64 [R]: of each slice that has samples the last, and one more a draft."""
-    ends = meta.query_starts.tolist()
-    rows: list[int] = []
-    for number, part in enumerate(slices):
-        rows.extend(range(ends[number + 1] - part.num_sampled_rows, ends[number + 1]))
-    return torch.tensor(rows, dtype=torch.int64)
+    """The rows whose logits are sampled, int64 [R]: see `engine.placing.rows_to_sample`."""
+    return torch.from_numpy(rows_to_sample(slices, meta.query_starts.numpy()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -40,18 +40,28 @@ def sample(batch: Batch, predictions: Predictions) -> StepOutput:
     `predictions` has `num_sampled_rows` rows for each slice, in order. A slice with NaN or +inf logits, or with
     settings that can't be met, fails alone: see `StepOutput.errors`.
     """
-    wanted = list(_draws(batch))
+    wanted = draws_of(batch)
     picked = [NOT_PICKED] * len(wanted)
     if predictions.best is not None:
         best = predictions.best.tolist()
         picked = [best[draw.row] for draw in wanted]
     draws = [draw for draw, token in zip(wanted, picked, strict=True) if token == NOT_PICKED]
     drawn = iter(draw_tokens(predictions.logits, draws))
-    answers = iter([next(drawn) if token == NOT_PICKED else Drawn(token) for token in picked])
+    return assemble(batch, [next(drawn) if token == NOT_PICKED else Drawn(token) for token in picked])
+
+
+def draws_of(batch: Batch) -> list[Draw]:
+    """Every draw of a step, in order, with its row in `Predictions`."""
+    return list(_draws(batch))
+
+
+def assemble(batch: Batch, answers: Sequence[Drawn]) -> StepOutput:
+    """What `draws_of` brought, slice by slice."""
+    drawn = iter(answers)
     samples: list[list[SampledToken]] = []
     errors: dict[int, TandemError] = {}
     for number, part in enumerate(batch.slices):
-        results = _standing(part, [next(answers) for _ in part.samples])
+        results = _standing(part, [next(drawn) for _ in part.samples])
         failure = min((result.token_id for result in results), default=0)
         if failure < 0:
             errors[number] = InternalError(f"{part.request_id}: {FAILURES[failure]}")

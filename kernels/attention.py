@@ -164,9 +164,9 @@ def paged_attention_reference(
         begin, end = starts[s], starts[s + 1]
         if begin == end:
             continue
-        query_positions = torch.arange(context - (end - begin), context)
+        query_positions = torch.arange(context - (end - begin), context, device=q.device)
         oldest = max(0, int(query_positions[0]) - sliding_window + 1) if sliding_window else 0
-        positions = torch.arange(oldest, context)
+        positions = torch.arange(oldest, context, device=q.device)
         blocks, offsets = block_tables[s][positions // block_size].long(), positions % block_size
         # A byte view: not every operation of torch takes 8-bit floats.
         codes = kv_layer if kv_scales is None else kv_layer.view(torch.uint8)

@@ -11,6 +11,7 @@ not the thread, and what was to be published still is. `alive` tells whether the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from engine.batch import Batch, StepOutput, StepRunner
+from engine.batch import Batch, Launched, OverlappingRunner, StepOutput, StepRunner
 from tandem.errors import InternalError, TandemError, UnavailableError
 from tandem.service.logging import get_logger
 from tandem.service.pulse import IdleCheck, Pulse
@@ -92,6 +93,24 @@ class Command:
     future: asyncio.Future[Any] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched and not taken in."""
+
+    batch: Batch
+    launched: Launched
+
+
+@dataclass(frozen=True, slots=True)
+class _Landed:
+    """A step of a runner that can't launch: it was over at once."""
+
+    output: StepOutput
+
+    def collect(self) -> StepOutput:
+        return self.output
+
+
 @dataclass(slots=True)
 class Answer:
     """How a command ended."""
@@ -128,6 +147,10 @@ class EngineLoop(ABC, Generic[S, E, L]):
         self._stopped = False
         self._load: L = scheduler.load()
         self._pulse = Pulse()
+        self._launcher = runner if isinstance(runner, OverlappingRunner) else None
+        self._flight: _Flight | None = None
+        self._since = 0.0
+        """When the step that is taken in next had the device for itself."""
         self._check = IdleCheck(scheduler.check_integrity, metrics.checked if metrics is not None else None)
         self.prefill_rate = 0.0
         """Prompt tokens a second in recent steps that computed some; 0 until measured."""
@@ -135,6 +158,13 @@ class EngineLoop(ABC, Generic[S, E, L]):
     @abstractmethod
     def _schedule(self) -> tuple[Sequence[E], Batch | None]:
         """What to publish before the next step, and the step. None: there is nothing to compute."""
+
+    def _schedule_ahead(self) -> Batch | None:
+        """The step behind the one that runs, if it can be said already. None: when that one is over."""
+        return None
+
+    def _forget_ahead(self) -> None:
+        """What `_schedule_ahead` gave was not launched."""
 
     @abstractmethod
     def _prompt_tokens(self, batch: Batch) -> int:
@@ -206,6 +236,7 @@ class EngineLoop(ABC, Generic[S, E, L]):
                 idle = self._turn(commands, stopping)
             except Exception as exc:  # our own bug: nobody may hang on it, and the thread goes on
                 _log.error("the engine loop failed", exc_info=exc)
+                self._wait_for_the_other()
                 self._events += self._scheduler.fail_all(InternalError(f"the engine loop failed: {exc}"))
                 self._post(None)
                 idle = True
@@ -214,15 +245,20 @@ class EngineLoop(ABC, Generic[S, E, L]):
     def _turn(self, commands: list[Command], stopping: bool) -> bool:
         """From commands to what the step brought. True: there was nothing to compute."""
         self._execute(commands)
-        batch = None if stopping else self._next_batch()
+        flight = self._flight
+        batch = None if stopping or flight is not None else self._next_batch()
         self._publish()
         if batch is not None:
-            self._step(batch)
-        if commands or batch is not None:
+            self._since = time.perf_counter()
+            flight = self._launch(batch)
+        if flight is not None:
+            self._land(flight, stopping)
+        idle = batch is None and flight is None
+        if commands or not idle:
             self._check.changed()
-        if batch is None:
+        if idle:
             self._check.idle()
-        return batch is None
+        return idle
 
     def _receive(self, idle: bool) -> tuple[list[Command], bool]:
         """All commands that are there, and whether to stop after them. Waits a moment for the first when idle."""
@@ -257,23 +293,61 @@ class EngineLoop(ABC, Generic[S, E, L]):
         self._events += events
         return batch
 
-    def _step(self, batch: Batch) -> None:
-        started = time.perf_counter()
+    def _launch(self, batch: Batch) -> _Flight | None:
+        """Start a step; one that fails at once is taken in here."""
         try:
             with self._pulse.step():
-                output = self._runner.run(batch)
+                if self._launcher is not None:
+                    return _Flight(batch, self._launcher.launch(batch))
+                return _Flight(batch, _Landed(self._runner.run(batch)))
+        except Exception as exc:
+            self._fail_step(batch, exc)
+            return None
+
+    def _launch_ahead(self) -> _Flight | None:
+        """The next step, while one runs. One that can't be launched is scheduled again when that is over."""
+        if self._launcher is None or not self._launcher.overlaps:
+            return None
+        try:
+            batch = self._schedule_ahead()
+            return _Flight(batch, self._launcher.launch(batch)) if batch is not None else None
+        except Exception as exc:
+            _log.error("a step ahead could not be launched", exc_info=exc)
+            self._forget_ahead()
+            return None
+
+    def _land(self, flight: _Flight, stopping: bool) -> None:
+        """Wait for a step and take it in; the next one is launched before where that can be said already."""
+        self._flight = None if stopping else self._launch_ahead()
+        try:
+            with self._pulse.step():
+                output = flight.launched.collect()
         except Exception as exc:  # those aboard fail, the service goes on
-            _log.error("step failed", requests=[part.request_id for part in batch.slices], exc_info=exc)
-            error = exc if isinstance(exc, TandemError) else InternalError(f"an engine step failed: {exc}")
-            self._events += self._scheduler.fail_step(error)
+            self._wait_for_the_other()
+            self._fail_step(flight.batch, exc)
             return
         try:
-            self._events += self._scheduler.update(batch, output)
+            self._events += self._scheduler.update(flight.batch, output)
         except Exception as exc:
             _log.error("update failed", exc_info=exc)
-            self._fail_update(batch, InternalError(f"the scheduler failed: {exc}"))
+            self._wait_for_the_other()
+            self._fail_update(flight.batch, InternalError(f"the scheduler failed: {exc}"))
             return
-        self._measure(batch, time.perf_counter() - started)
+        now = time.perf_counter()
+        self._measure(flight.batch, now - self._since)
+        self._since = now
+
+    def _wait_for_the_other(self) -> None:
+        """A step behind one that failed brings nothing, but names blocks until it is over."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            with contextlib.suppress(Exception):
+                flight.launched.collect()
+
+    def _fail_step(self, batch: Batch, exc: Exception) -> None:
+        _log.error("step failed", requests=[part.request_id for part in batch.slices], exc_info=exc)
+        error = exc if isinstance(exc, TandemError) else InternalError(f"an engine step failed: {exc}")
+        self._events += self._scheduler.fail_step(error)
 
     def _fail_update(self, batch: Batch, error: TandemError) -> None:
         """Those aboard whom the scheduler doesn't count as waiting any more have lost their news: they fail too."""

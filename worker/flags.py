@@ -38,9 +38,16 @@ class Parser(argparse.ArgumentParser):
         add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help=callers)
         add("--metrics", default="127.0.0.1:0", metavar="HOST:PORT", help="where /metrics is served")
         add("--health", metavar="HOST:PORT", help="where health alone is served too, in clear, for probes")
-        add("--compute", default="auto", help="auto, exact, bf16 or int8")
-        add("--dtype", default="auto", help="of the weights: auto, float32 or bfloat16")
-        add("--kv-dtype", default="auto", help="of the KV cache: auto, float32, bfloat16, int8 or fp8_e4m3")
+        add("--device", default="auto", help="cpu, or cuda for a GPU; auto: a GPU where torch sees one")
+        add("--compute", default="auto", help="auto, exact, bf16 or int8; on a GPU native, fp8, int8 or int4")
+        add("--dtype", default="auto", help="of the weights: auto, float32 or bfloat16; on a GPU float16 too")
+        add(
+            "--kv-dtype",
+            default="auto",
+            help="of the KV cache: auto, float32, bfloat16, int8 or fp8_e4m3; on a GPU as --dtype",
+        )
+        add("--max-context", type=int, metavar="TOKENS", help="longest sequence; default: the model's")
+        add("--no-graphs", action="store_true", help="capture no decode steps as graphs on a GPU")
         add("--block-size", type=int, metavar="TOKENS", help="tokens a KV block")
         add("--num-blocks", type=int, metavar="N", help="KV blocks; or --kv-memory")
         add("--kv-memory", type=int, metavar="BYTES", help="memory of the KV cache")
@@ -89,6 +96,7 @@ def common(values: argparse.Namespace) -> dict[str, Any]:
 def _engine(values: argparse.Namespace) -> dict[str, object]:
     return {
         "model": values.model,
+        "device": values.device,
         "compute": values.compute,
         "dtype": values.dtype,
         "kv_dtype": values.kv_dtype,
@@ -99,6 +107,8 @@ def _engine(values: argparse.Namespace) -> dict[str, object]:
         "max_sequences": values.max_sequences,
         "prefix_cache": not values.no_prefix_cache,
         "share_weights": not values.no_share_weights,
+        "max_context": values.max_context,
+        "graphs": not values.no_graphs,
         "threads": values.threads,
     }
 

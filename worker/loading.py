@@ -22,7 +22,8 @@ ORDERS = {kv_order.PLAIN: DEFAULT_ORDER, kv_order.PAIRED: PAIRED_ORDER}
 def load(flags: Flags, make_buffer: BufferFactory | None = None) -> Engine:
     """Load the model and warm it up; blocking. `make_buffer` gives the KV cache's memory. Raises ConfigError."""
     model = str(resolve_model(str(flags.engine["model"])))
-    engine = load_engine(resolve({**flags.engine, "model": model}, read_config(model)), make_buffer)
+    config = resolve({**flags.engine, "model": model}, read_config(model))
+    engine = load_engine(config, make_buffer, transfers=True)
     engine.runner.warm_up()
     gc.collect()
     gc.freeze()  # what is loaded stays: the collector need not look at it again in the middle of a step

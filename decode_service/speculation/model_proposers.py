@@ -13,6 +13,7 @@ from decode_service.speculation.draft_memory import BorrowedMemory, OwnMemory
 from decode_service.speculation.proposer import Proposer
 from engine.block_pool import BlockPool
 from engine.config import ModelConfig
+from engine.kv_cache import KVCache
 from engine.loading import Engine, load_engine, resolve
 from engine.models.skipping import KeptCache, keep_layers, parse_layers
 from engine.runner import Runner
@@ -49,7 +50,12 @@ def _draft(flags: Flags, engine: Engine) -> tuple[Proposer, OwnMemory]:
         check_same_vocabulary(path, target.model, flag="--draft-model")
         settings = {key: flags.engine[key] for key in _SHARED_SETTINGS}
         # What computes the drafts fastest: their bits decide nothing.
-        settings |= {"model": path, "block_size": target.block_size, "num_blocks": target.num_blocks}
+        settings |= {
+            "model": path,
+            "device": target.device,
+            "block_size": target.block_size,
+            "num_blocks": target.num_blocks,
+        }
         draft = load_engine(resolve(settings, read_config(path)))
     except TandemError as error:
         if isinstance(error, ConfigError) and error.message.startswith("--draft-model"):
@@ -65,6 +71,8 @@ def _self(flags: Flags, engine: Engine) -> tuple[Proposer, BorrowedMemory]:
     """The target without some layers, over its own weights and KV."""
     config = engine.engine_config
     layers = parse_layers(str(flags.self_draft_layers), engine.model_config.num_layers, flag="--self-draft-layers")
+    if not isinstance(engine.kv_cache, KVCache):
+        raise ConfigError("--self-draft-layers: only on a CPU (--device cpu)")
     cache = KeptCache(engine.kv_cache, layers)
     runner = Runner(keep_layers(engine.runner.model, layers), cache, config)
     runner.warm_up()

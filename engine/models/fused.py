@@ -50,9 +50,16 @@ class FusedModel:
     """Bytes of those that every step reads in full: all but the tables of rotations and of untied embeddings."""
 
     def step(
-        self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvTensor, rows: Tensor, greedy: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        meta: ForwardMeta,
+        kv_cache: KvTensor,
+        rows: Tensor | None,
+        greedy: Tensor | None = None,
     ) -> Predictions:
         """See `engine.models.transformer.Model.step`."""
+        if rows is None:
+            rows = torch.arange(token_ids.shape[0])
         best = None if greedy is None else torch.full((len(rows),), NOT_PICKED, dtype=torch.int64)
         logits = self.kernel.run(
             token_ids,

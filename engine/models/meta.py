@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kernels.backends import HostStep
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardMeta:
-    """One step: T rows of S sequences, packed one sequence after another. All tensors are contiguous, on the CPU.
+    """One step: T rows of S sequences, packed one sequence after another. All tensors are contiguous, on one device.
 
     Row i is token `positions[i]` of its sequence; its K and V go to slot `slots[i]` before attention reads them.
+    On a GPU a slot of -1 is written nowhere, and a context of 0 is a row of padding.
     """
 
     positions: Tensor
@@ -26,6 +29,8 @@ class ForwardMeta:
     """int32 [S+1]: rows query_starts[s] to query_starts[s+1] belong to sequence s; the last is T."""
     context_lens: Tensor
     """int32 [S]: tokens of each sequence in the cache after this step, its own rows included."""
+    host: HostStep | None = None
+    """The lengths where the host can read them; on a CPU the tensors do, and it is None."""
 
 
 NOT_PICKED: Final = -100
@@ -37,6 +42,6 @@ class Predictions:
     """What a step says of the R rows that were asked for. Valid until the model's next step."""
 
     logits: Tensor
-    """float32 [R, V]; rows with an answer in `best` may be unfilled."""
+    """float32 [R, V] (or 16 bits, on a GPU); rows with an answer in `best` may be unfilled."""
     best: Tensor | None = None
     """int64 [R]: the id of the largest logit, `kernels.sampling.NOT_FINITE`, or NOT_PICKED; None: no row has one."""

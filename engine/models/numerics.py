@@ -25,7 +25,7 @@ def numerics_id(engine_config: EngineConfig, kernels: Implementation) -> str:
         engine_config.dtype,
         f"{KV_NUMERICS}{engine_config.kv_dtype}",
         kernels.numerics,
-        *([dispatch.int8_isa()] if engine_config.compute == "int8" else []),
+        *([dispatch.int8_isa()] if engine_config.compute == "int8" and engine_config.device == "cpu" else []),
         f"torch-{torch.__version__}",
     )
     return "/".join(parts)

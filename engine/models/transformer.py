@@ -1,26 +1,24 @@
 """The one transformer: Llama, Mistral, Qwen2 and Qwen3 by configuration.
 
 A `Model` is immutable once loaded and holds no state of any sequence: what a step needs comes as `ForwardMeta`, what it
-leaves goes to the KV cache. All arithmetic is in `kernels`, one row's bits never depend on another row (with compute
-"exact"); activations are float32 [rows, width] throughout.
+leaves goes to the KV cache. All arithmetic is in `kernels`: the products are the weights' own, everything else is the
+`Backend`'s. On a CPU one row's bits never depend on another row (with compute "exact") and activations are float32
+[rows, width]; on a GPU they have the engine's dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.models.meta import ForwardMeta, Predictions
-from kernels.activation import silu_mul
-from kernels.attention import paged_attention
+from kernels.backends import Backend, for_cpu
 from kernels.kv_codes import FixedScales
 from kernels.linear import PackedLinear, linear
-from kernels.norm import rms_norm, rms_norm_heads
-from kernels.rope import rope_and_store
 
 
 class KvLayers(Protocol):
@@ -41,7 +39,7 @@ class Embedding(Protocol):
         """Bytes held."""
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """int64 [T] -> float32 [T, W]."""
+        """int64 [T] -> activations [T, W]."""
 
 
 class Product(Protocol):
@@ -52,12 +50,12 @@ class Product(Protocol):
         """Bytes held."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """float32 [T, K] -> float32 [T, N]."""
+        """Activations [T, K] -> [T, N]; float32 on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """A packed weight [N, K] with its bias float32 [N] or None."""
+    """A `Product` of the CPU: a packed weight [N, K] with its bias float32 [N] or None."""
 
     packed: PackedLinear
     bias: Tensor | None = None
@@ -109,6 +107,7 @@ class Model:
     cos: Tensor
     """float32 [max positions, rotary_dim / 2], beside `sin`."""
     sin: Tensor
+    backend: Backend = field(default_factory=for_cpu)
 
     @property
     def nbytes(self) -> int:
@@ -117,42 +116,50 @@ class Model:
         return self.embedding.nbytes + self.head.nbytes + tables + sum(layer.nbytes for layer in self.layers)
 
     def step(
-        self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers, rows: Tensor, greedy: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        meta: ForwardMeta,
+        kv_cache: KvLayers,
+        rows: Tensor | None,
+        greedy: Tensor | None = None,
     ) -> Predictions:
-        """`forward`, then what it says of `rows` int64 [R].
+        """`forward`, then what it says of `rows` int64 [R] (None: of every row).
 
         `greedy` uint8 [R] marks rows of which only the largest logit is wanted; a model may then leave out the others.
         """
-        return Predictions(self.logits(self.forward(token_ids, meta, kv_cache)[rows]))
+        hidden = self.forward(token_ids, meta, kv_cache)
+        return Predictions(self.logits(hidden if rows is None else hidden[rows]))
 
     def forward(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers) -> Tensor:
-        """One step over T rows: writes their K and V to the cache and returns hidden states float32 [T, W].
+        """One step over T rows: writes their K and V to the cache and returns hidden states [T, W].
 
         `token_ids` is int64 [T]; `meta` places the rows. The result is normed and ready for `logits`.
-        Raises InternalError when ids, positions, slots or blocks are out of range.
+        Raises InternalError when ids, positions, slots or blocks are out of range (on a CPU; on a GPU whoever builds
+        the step vouches for them).
         """
+        norm, eps = self.backend.operations.rms_norm, self.config.rms_eps
         residual = self.embedding(token_ids)
-        x = rms_norm(residual, self.layers[0].input_norm, self.config.rms_eps)
+        x = norm(residual, self.layers[0].input_norm, eps)
         for index, layer in enumerate(self.layers):
             update = self._attention(layer, x, meta, kv_cache.layer(index), kv_cache.layer_scales(index))
-            x = rms_norm(update, layer.post_norm, self.config.rms_eps, residual=residual)
-            update = layer.down(silu_mul(layer.gate_up(x)))
-            x = rms_norm(update, self._norm_after(index), self.config.rms_eps, residual=residual)
+            x = norm(update, layer.post_norm, eps, residual)
+            update = layer.down(self.backend.operations.silu_mul(layer.gate_up(x)))
+            x = norm(update, self._norm_after(index), eps, residual)
         return x
 
     def logits(self, hidden_rows: Tensor) -> Tensor:
-        """Logits of rows of `forward`'s result: float32 [R, W] -> float32 [R, V]."""
+        """Logits of rows of `forward`'s result: [R, W] -> [R, V]."""
         return self.head(hidden_rows)
 
     def _attention(
         self, layer: Layer, x: Tensor, meta: ForwardMeta, kv_layer: Tensor, kv_scales: Tensor | None
     ) -> Tensor:
-        """Attention of `layer` with its output product: float32 [T, W] -> float32 [T, W]."""
+        """Attention of `layer` with its output product: [T, W] -> [T, W]."""
         config = self.config
         qkv = layer.qkv(x)
         if layer.query_norm is not None and layer.key_norm is not None:
             qkv = self._norm_heads(qkv, layer.query_norm, layer.key_norm)
-        q = rope_and_store(
+        q = self.backend.operations.rope_and_store(
             qkv,
             meta.positions,
             meta.slots,
@@ -165,9 +172,8 @@ class Model:
             kv_scales=kv_scales,
             fixed_scales=layer.kv_scales,
         )
-        tables, starts, lengths = meta.block_tables, meta.query_starts, meta.context_lens
-        scale = config.head_dim**-0.5
-        mixed = paged_attention(q, kv_layer, tables, starts, lengths, scale, layer.window, kv_scales=kv_scales)
+        scale, attention = config.head_dim**-0.5, self.backend.attention
+        mixed = attention.run(q, kv_layer, meta, scale, layer.window, kv_scales)
         return layer.output(mixed.view(x.shape[0], config.num_heads * config.head_dim))
 
     def _norm_heads(self, qkv: Tensor, query_norm: Tensor, key_norm: Tensor) -> Tensor:
@@ -176,8 +182,9 @@ class Model:
         heads = qkv.view(qkv.shape[0], -1, config.head_dim)
         query = heads[:, : config.num_heads]
         key = heads[:, config.num_heads : config.num_heads + config.num_kv_heads]
-        rms_norm_heads(query, query_norm, config.rms_eps, out=query)
-        rms_norm_heads(key, key_norm, config.rms_eps, out=key)
+        norm = self.backend.operations.rms_norm_heads
+        norm(query, query_norm, config.rms_eps, query)
+        norm(key, key_norm, config.rms_eps, key)
         return qkv
 
     def _norm_after(self, index: int) -> Tensor:

@@ -108,8 +108,9 @@ def _kept_weight(
     above, weight = _ahead(row, vocabulary, best, inverse, low.to(tl.int32), 0, BLOCK)
     bits = low.to(tl.int32)
     last = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    each = tl.exp(((last.to(tl.float64) - best) * inverse).to(tl.float32))
-    return weight + each.to(tl.float64) * (top_k - above)
+    each = tl.exp(((last.to(tl.float64) - best) * inverse).to(tl.float32)).to(tl.float64)
+    # With banned ids and no top-k the last key may be below that of -inf: no number at all, and none of it is needed.
+    return weight + tl.where(top_k > above, each * (top_k - above), 0.0)
 
 
 @triton.jit

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from kernels.sampling import BAD_ID, Draw, Drawn, noise_key
+from kernels.draw_settings import drawn_of, ids_fit, settings_columns
+from kernels.sampling import BAD_ID, Draw, Drawn
 from kernels.triton.draw import draw_launch, top_launch
 from kernels.triton.launch import FLOATS, require
 from kernels.triton.logit_edits import edit_launch, pack_edits
@@ -35,6 +35,7 @@ class Settings:
 class Sampled:
     """Results of N draws, on the GPU."""
 
+    values: torch.Tensor  # int32 [3, N]: the bits of all that follow
     tokens: torch.Tensor  # int32: an id, or NOT_FINITE or ALL_BANNED of kernels.sampling
     logprobs: torch.Tensor  # float32
     normalisers: torch.Tensor  # float32: logits minus these are log probabilities
@@ -42,18 +43,8 @@ class Sampled:
 
 def pack_settings(draws: Sequence[Draw], device: torch.device) -> Settings:
     """Settings of draws whose penalties, biases and banned ids are in the logits already."""
-    columns: list[tuple[int, float, int, float, float, int]] = []
-    for draw in draws:
-        params, spec = draw.spec.params, draw.spec
-        key = 0 if params.greedy else noise_key(params.seed, spec.index, spec.position)
-        inverse = 0.0 if params.greedy else min(1.0 / params.temperature, 1e30)
-        # exp gives 0 in float64 below this, and what has no weight is not drawn.
-        lowest = max(math.log(params.min_p) if params.min_p > 0 else -math.inf, -745.13)
-        signed = key - (1 << 64) if key >> 63 else key
-        columns.append((draw.row, inverse, params.top_k, params.top_p, lowest, signed))
-    dtypes = (torch.int32, torch.float64, torch.int32, torch.float64, torch.float64, torch.int64)
-    given = zip(zip(*columns, strict=True), dtypes, strict=True)
-    return Settings(*(torch.tensor(values, dtype=dtype, device=device) for values, dtype in given))
+    columns = settings_columns(draws)
+    return Settings(**{name: torch.from_numpy(values).to(device) for name, values in columns.items()})
 
 
 def sample(logits: torch.Tensor, settings: Settings) -> Sampled:
@@ -63,12 +54,9 @@ def sample(logits: torch.Tensor, settings: Settings) -> Sampled:
     """
     good = logits.dim() == 2 and logits.dtype in FLOATS and logits.stride(1) == 1
     require(good, "logits", logits, "[rows, vocabulary], rows dense")
-    count, device = settings.rows.shape[0], logits.device
-    result = Sampled(
-        torch.empty(count, dtype=torch.int32, device=device),
-        torch.empty(count, dtype=torch.float32, device=device),
-        torch.empty(count, dtype=torch.float32, device=device),
-    )
+    # One piece of memory, so that whoever reads results back copies once.
+    values = torch.empty((3, settings.rows.shape[0]), dtype=torch.int32, device=logits.device)
+    result = Sampled(values, values[0], values[1].view(torch.float32), values[2].view(torch.float32))
     given = (settings.rows, settings.inverse, settings.top_k, settings.top_p, settings.lowest, settings.keys)
     draw_launch(logits, *given, result.tokens, result.logprobs, result.normalisers).run()
     return result
@@ -86,42 +74,50 @@ def top_logprobs(
     return ids, values
 
 
+@dataclass(frozen=True)
+class Started:
+    """Draws that were launched; nothing has been waited for."""
+
+    sampled: Sampled
+    top_ids: torch.Tensor  # int32 [N, most]
+    top_logprobs: torch.Tensor  # float32 [N, most]
+
+
+def start_draws(logits: torch.Tensor, draws: Sequence[Draw]) -> Started:
+    """Launch one draw for each of `draws` from `logits` [R, V], which are edited in place.
+
+    Ids that draws name must be in the vocabulary. Raises InternalError for a row outside the logits, or one that draws
+    with penalties, biases or banned ids share.
+    """
+    if any(not 0 <= draw.row < logits.shape[0] for draw in draws):
+        raise InternalError(f"a draw names a row outside [0, {logits.shape[0]})")
+    edits = pack_edits(list(draws), logits.stride(0), logits.device)
+    if edits is not None:
+        if len({draw.row for draw in draws}) < len(draws):
+            raise InternalError("draws with penalties, biases or banned ids must not share rows")
+        edit_launch(logits, edits).run()
+    settings = pack_settings(draws, logits.device)
+    sampled = sample(logits, settings)
+    widest = max((draw.spec.logprobs or 0 for draw in draws), default=0)
+    return Started(sampled, *top_logprobs(logits, settings, sampled, widest))
+
+
 def draw_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
-    """Draw one token for each of `draws` from `logits` [R, V], which are edited in place.
+    """Draw one token for each of `draws` from `logits` [R, V], which are edited in place, and wait for them.
 
     As `kernels.sampling.draw_tokens`, but draws with penalties, biases or banned ids need rows of their own. Raises
-    InternalError for a row outside the logits, or one that such draws share.
+    InternalError as `start_draws`.
     """
     vocabulary = logits.shape[1]
     if any(not 0 <= draw.row < logits.shape[0] for draw in draws):
         raise InternalError(f"a draw names a row outside [0, {logits.shape[0]})")
-    good = [index for index, draw in enumerate(draws) if _ids_fit(draw, vocabulary)]
+    good = [index for index, draw in enumerate(draws) if ids_fit(draw, vocabulary)]
     results = [Drawn(BAD_ID)] * len(draws)
     if not good:
         return results
     kept = [draws[index] for index in good]
-    edits = pack_edits(kept, logits.stride(0), logits.device)
-    if edits is not None:
-        if len({draw.row for draw in kept}) < len(kept):
-            raise InternalError("draws with penalties, biases or banned ids must not share rows")
-        edit_launch(logits, edits).run()
-    settings = pack_settings(kept, logits.device)
-    sampled = sample(logits, settings)
-    widest = max((draw.spec.logprobs or 0 for draw in kept), default=0)
-    ids, values = (table.tolist() for table in top_logprobs(logits, settings, sampled, widest))
-    tokens, logprobs = sampled.tokens.tolist(), sampled.logprobs.tolist()
-    for place, index in enumerate(good):
-        wanted = kept[place].spec.logprobs
-        if wanted is None or tokens[place] < 0:
-            results[index] = Drawn(tokens[place])
-        else:
-            top = (tuple(ids[place][:wanted]), tuple(values[place][:wanted]))
-            results[index] = Drawn(tokens[place], logprobs[place], *top)
+    started = start_draws(logits, kept)
+    given = (started.sampled.values.cpu(), started.top_ids.cpu(), started.top_logprobs.cpu())
+    for index, drawn in zip(good, drawn_of(kept, *given), strict=True):
+        results[index] = drawn
     return results
-
-
-def _ids_fit(draw: Draw, vocabulary: int) -> bool:
-    spec, params = draw.spec, draw.spec.params
-    prompt = spec.prompt if params.repetition_penalty != 1.0 else ()
-    named = (*prompt, *(spec.output if params.has_penalties else ()), *params.logit_bias, *spec.suppress)
-    return all(0 <= token < vocabulary for token in named)

@@ -133,6 +133,15 @@ def _version(package: str) -> str | None:
 
 def _use(kernels: dict[str, Any], transfer: dict[str, Any]) -> dict[str, Any]:
     """What `tandem up` without flags takes."""
+    if kernels.get("gpu"):
+        return {
+            "device": f"cuda ({kernels['gpu']})",
+            "kernels": kernels.get("gpu_operations"),
+            "attention": kernels.get("gpu_attention"),
+            "compute": "native",
+            "exact_promise": "does not hold",
+            "transport": (transfer.get("transports") or [None])[0],
+        }
     return {
         "device": "cpu",
         "kernels": kernels.get("implementation"),

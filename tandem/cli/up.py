@@ -67,12 +67,20 @@ from tandem.supervisor.supervisor import Supervisor
     help="How KV blocks travel; nixl needs its wheel (docs/operations.md).  [default: the best that is here]",
 )
 @click.option(
-    "--compute",
-    type=click.Choice(["auto", "exact", "bf16", "int8"]),
-    help="int8: the fastest, with the weights' own 4 or 8 bits; exact: float32. Both give the same bits whatever the "
-    "batch; bf16 does not. auto is int8 where the CPU is fast at that (AVX-512 VNNI), else exact.  [default: auto]",
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where the workers compute; cuda is any GPU that torch sees.  [default: a GPU where there is one]",
 )
-@click.option("--dtype", metavar="TYPE", help="Number format of the weights: float32 or bf16.  [default: by --compute]")
+@click.option(
+    "--compute",
+    type=click.Choice(["auto", "exact", "bf16", "int8", "native", "fp8", "int4"]),
+    help="int8: the fastest, with the weights' own 4 or 8 bits; exact: float32. Both give the same bits whatever the "
+    "batch; bf16 does not. auto is int8 where the CPU is fast at that (AVX-512 VNNI), else exact; on a GPU native: in "
+    "--dtype; fp8, int8 and int4 round weights there.  [default: auto]",
+)
+@click.option(
+    "--dtype", metavar="TYPE", help="Number format of the weights: float32, bf16, fp16.  [default: by --compute]"
+)
 @click.option(
     "--kv-dtype",
     metavar="TYPE",
@@ -94,6 +102,7 @@ from tandem.supervisor.supervisor import Supervisor
 @click.option("--kv-memory", type=int, metavar="BYTES", help="Memory of a worker's KV cache, in place of --num-blocks.")
 @click.option("--chunk-size", type=int, metavar="TOKENS", help="Prompt tokens a prefill step.  [default: the workers']")
 @click.option("--max-sequences", type=int, metavar="N", help="Most outputs in one step.  [default: the workers']")
+@click.option("--max-context", type=int, metavar="TOKENS", help="Longest sequence.  [default: the model's]")
 @click.option("--threads", type=int, metavar="N", help="Compute threads a worker.  [default: the workers']")
 @click.option(
     "--no-prefix-cache",
@@ -125,6 +134,14 @@ from tandem.supervisor.supervisor import Supervisor
     help="Draft with the model's own layers: how many of them, or which, as 0-3,7,28-29; the others are skipped.",
 )
 @click.option("--speculation-fixed", is_flag=True, help="Verify drafts whatever they cost: for tests and measurements.")
+@click.option(
+    "--no-graphs",
+    "graphs",
+    flag_value=False,
+    default=True,
+    type=bool,
+    help="Capture no decode steps as graphs on a GPU.",
+)
 @click.option(
     "--local-prefill-threshold",
     type=int,

@@ -47,6 +47,7 @@ class UpSettings:
     prefill: int = 1
     decode: int = 1
     transport: str | None = None
+    device: str | None = None
     compute: str | None = None
     dtype: str | None = None
     kv_dtype: str | None = None
@@ -61,6 +62,8 @@ class UpSettings:
     threads: int | None = None
     prefix_cache: bool = True
     share_weights: bool = True
+    max_context: int | None = None
+    graphs: bool = True
     drain_grace: float = 10.0
     speculation: str | None = None
     speculation_tokens: int | None = None
@@ -115,6 +118,7 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--model": settings.model,
         "--listen": "127.0.0.1:0",
         "--metrics": "127.0.0.1:0",
+        "--device": settings.device,
         "--compute": settings.compute,
         "--dtype": settings.dtype,
         "--kv-dtype": own_dtype or settings.kv_dtype,
@@ -123,6 +127,7 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--kv-memory": settings.kv_memory,
         "--chunk-size": settings.chunk_size,
         "--max-sequences": settings.max_sequences,
+        "--max-context": settings.max_context,
         "--transport": settings.transport,
         "--threads": settings.threads,
         "--drain-grace": settings.drain_grace,
@@ -139,6 +144,7 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
     switches = {
         "--no-prefix-cache": not settings.prefix_cache,
         "--no-share-weights": not settings.share_weights,
+        "--no-graphs": not settings.graphs,
         "--speculation-fixed": settings.speculation_fixed and decode,
         "--convert-kv-dtype": settings.prefill_kv_dtype is not None and decode,
     }

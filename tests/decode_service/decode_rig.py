@@ -62,6 +62,24 @@ class PacedRunner(FakeRunner):
         return super().run(batch)
 
 
+class FarRunner:
+    """A fake engine whose cache transfers can't reach, as a GPU's: what has arrived is brought there by its steps."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._near = PacedRunner(num_blocks)
+        self.buffer = memoryview(bytearray(num_blocks * LAYOUT.block_bytes))
+
+    def warm_up(self) -> None:
+        """Nothing to do."""
+
+    def run(self, batch: Batch) -> StepOutput:
+        size = LAYOUT.block_bytes
+        for block in batch.arrived:
+            at = slice(block * size, (block + 1) * size)
+            self._near.buffer[at] = self.buffer[at]
+        return self._near.run(batch)
+
+
 def record_of(
     prompt: int | list[int], *, max_tokens: int = 8, n: int = 1, seed: int = 1, outputs: Any = None, **fields: Any
 ) -> Record:

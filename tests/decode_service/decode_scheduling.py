@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from decode_service.config import SchedulerConfig
@@ -104,8 +104,15 @@ class Driver:
         *,
         prefix_cache: bool = True,
         speculation: SpeculationConfig | None = None,
+        ahead: bool = False,
         **limits: int,
     ) -> None:
+        """`ahead`: each step is computed only once the next one is scheduled, and whatever happens between two steps
+        happens while one is under way."""
+        self.ahead = ahead
+        self.flight: Batch | None = None
+        self.drawn: list[int] = []
+        self.followed = 0
         values = {"max_step_tokens": 16, "max_sequences": 16, "max_context": 512, "vocab_size": VOCAB, **limits}
         self.pool = BlockPool(num_blocks, block_size, prefix_cache=prefix_cache)
         speculator = Speculator(speculation or SpeculationConfig(), VOCAB)
@@ -141,17 +148,32 @@ class Driver:
         return admitted
 
     def step(self) -> Batch | None:
-        batch = self.scheduler.schedule()
+        batch = self.flight or self.scheduler.schedule()
+        self.flight = self.scheduler.schedule_ahead() if batch is not None and self.ahead else None
         if batch is not None:
             try:
-                output = self.runner.run(batch)
+                output = self.runner.run(self.resolved(batch))
+                self.drawn = [token.token_id for tokens in output.samples for token in tokens]
             except RuntimeError as exc:
+                self.flight = None
                 self.take(self.scheduler.fail_step(TandemError(str(exc))))
             else:
                 self.take(self.scheduler.update(batch, output))
                 self.scheduler.timed(batch, 1.0 + 0.05 * batch.num_tokens)
         self.scheduler.check_integrity()
         return batch
+
+    def resolved(self, batch: Batch) -> Batch:
+        """A step with the tokens of the one before, as a device has them."""
+        slices = []
+        for part in batch.slices:
+            if part.follows is not None:
+                self.followed += 1
+                token = self.drawn[part.follows]
+                samples = [replace(spec, output=[*spec.output[:-1], token]) for spec in part.samples]
+                part = replace(part, token_ids=[token], samples=samples, follows=None)
+            slices.append(part)
+        return Batch(slices, batch.copies)
 
     def receive(
         self, admitted: Admission, record: Record, firsts: list[list[int]], *, token_end: int | None = None

@@ -15,7 +15,7 @@ from tandem.errors import (
     OverloadedError,
     TandemError,
 )
-from tandem.record import FinishReason, OutputState, Record, TokenDelta
+from tandem.record import FinishReason, OutputState, Record, SamplingParams, TokenDelta
 
 
 def test_a_local_request_is_chunked_and_ends_at_max_tokens() -> None:
@@ -611,4 +611,70 @@ def test_the_oldest_waiting_request_takes_room_from_younger_ones(prefix_cache: b
     assert driver.seen["young"].ended.preemptions == 1
     for key, record in (("waiting", waiting), ("young", young)):
         assert driver.seen[key].tokens == undisturbed(record).tokens
+    driver.assert_empty()
+
+
+def test_steps_ahead_follow_the_tokens_that_are_not_known_yet() -> None:
+    """The same tokens; every row but those behind a prompt's end is computed ahead."""
+    driver = Driver(ahead=True)
+    records = [make_record(5, max_tokens=most, seed=seed) for seed, most in ((1, 9), (2, 6))]
+    for key, record in zip("ab", records, strict=True):
+        driver.admit(key, record)
+    driver.run()
+    for key, record in zip("ab", records, strict=True):
+        assert driver.seen[key].tokens == undisturbed(record).tokens
+    assert driver.followed == 7 + 4
+    assert driver.flight is None
+    driver.assert_empty()
+
+
+def test_blocks_of_a_dropped_request_wait_for_the_step_that_names_them() -> None:
+    driver = Driver(num_blocks=8, ahead=True)
+    for key, seed in (("a", 1), ("b", 2)):
+        driver.admit(key, make_record(6, max_tokens=9, seed=seed))
+    for _ in range(3):
+        driver.step()
+    assert driver.flight is not None
+    free = driver.pool.num_free
+    driver.scheduler.cancel("a")
+    assert "a" not in driver.scheduler
+    assert driver.pool.num_free == free
+    driver.scheduler.check_integrity()
+    driver.step()
+    assert driver.pool.num_free == free + 3
+    assert [part.request_id for part in driver.flight.slices] == ["b"]
+    driver.run()
+    assert driver.seen["b"].tokens == undisturbed(make_record(6, max_tokens=9, seed=2)).tokens
+    driver.assert_empty()
+
+
+def test_nothing_is_scheduled_ahead_of_what_is_not_plain_decoding() -> None:
+    """Several outputs, penalties, somebody who prefills, drafts: the step is taken in first."""
+    penalised = make_record(4, max_tokens=6, seed=3)
+    penalised.sampling = SamplingParams(seed=3, presence_penalty=0.5)
+    for record in (make_record(4, max_tokens=6, n=2), penalised):
+        driver = Driver(ahead=True)
+        driver.admit("a", record)
+        driver.run()
+        assert driver.followed == 0
+    driver = Driver(ahead=True, max_step_tokens=4, mixed_prefill_tokens=2)
+    driver.admit("a", make_record(4, max_tokens=30, seed=1))
+    driver.step()
+    driver.admit("b", make_record(12, max_tokens=9, seed=2))
+    while "b" not in driver.seen:
+        driver.step()
+        assert driver.flight is None
+    driver.step()
+    assert driver.flight is not None
+
+
+def test_a_failed_step_takes_the_one_ahead_with_it() -> None:
+    driver = Driver(ahead=True)
+    driver.admit("a", make_record(5, max_tokens=9))
+    for _ in range(3):
+        driver.step()
+    assert driver.flight is not None
+    driver.runner.fail_next = True
+    driver.step()
+    assert driver.seen["a"].error is not None
     driver.assert_empty()

@@ -28,7 +28,7 @@ def whole_of(prompt: int, most: int, n: int, seed: int) -> Seen:
 class Life:
     """One random run. `wanted` holds each request's undisturbed outputs, `remote` what waits for a transfer."""
 
-    def __init__(self, num_blocks: int, cache: bool, drafts: tuple[int, ...]) -> None:
+    def __init__(self, num_blocks: int, cache: bool, drafts: tuple[int, ...], ahead: bool = False) -> None:
         """`drafts`: how many tokens of each draft are right, in turn; none: no drafts."""
         turns = itertools.cycle(drafts)
         self.proposer = Knowing(self.truth, lambda ask: next(turns))
@@ -38,6 +38,7 @@ class Life:
             BLOCK,
             prefix_cache=cache,
             speculation=speculation,
+            ahead=ahead,
             max_step_tokens=7,
             mixed_prefill_tokens=3,
         )
@@ -177,6 +178,18 @@ ACTIONS = (
 @given(st.data(), st.integers(6, 16), st.booleans(), st.lists(st.integers(0, 5), max_size=4))
 def test_random_lives(data: st.DataObject, num_blocks: int, cache: bool, drafts: list[int]) -> None:
     life = Life(num_blocks, cache, tuple(drafts))
+    for _ in range(data.draw(st.integers(3, 40))):
+        data.draw(st.sampled_from(ACTIONS))(life, data)
+        life.driver.scheduler.check_integrity()
+    life.close(data)
+    life.check()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data(), st.integers(6, 16), st.booleans())
+def test_random_lives_with_steps_ahead(data: st.DataObject, num_blocks: int, cache: bool) -> None:
+    """Everything happens while a step is under way, whose blocks nobody else may get."""
+    life = Life(num_blocks, cache, (), ahead=True)
     for _ in range(data.draw(st.integers(3, 40))):
         data.draw(st.sampled_from(ACTIONS))(life, data)
         life.driver.scheduler.check_integrity()

@@ -14,6 +14,7 @@ from decode_rig import (
     LAYOUT,
     Call,
     FakePrefill,
+    FarRunner,
     TransferEnded,
     expected_tokens,
     read,
@@ -76,6 +77,21 @@ async def test_remote_prefill_by_every_transport(transport: str, n: int) -> None
             assert (await again.read_to_end()).ids() == expected_tokens(call.record)
             await rig.all_free()
             assert rig.value("tandem_nixl_bytes_transferred_total") == 7 * LAYOUT.block_bytes
+        finally:
+            sender.close()
+
+
+async def test_what_a_transfer_brings_is_taken_where_steps_compute() -> None:
+    """The step after a commit names the blocks that came, once; later requests find them in the prefix cache."""
+    async with running_rig(runner=FarRunner(64)) as rig:
+        sender = FakePrefill(rig, "shm")
+        try:
+            for cached in (0, 20):
+                call = await rig.call(record_of(21, max_tokens=6), local=False)
+                assert call.admitted.cached_tokens == cached
+                assert await sender.send(call.admitted, call.record)
+                assert (await call.read_to_end()).ids() == expected_tokens(call.record)
+            await rig.all_free()
         finally:
             sender.close()
 

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from engine import config
-from engine.config import DEFAULT_NUM_BLOCKS, EngineConfig, ModelConfig, RopeConfig, resolve_engine_config
+from engine.config import (
+    BY_FREE_MEMORY,
+    DEFAULT_NUM_BLOCKS,
+    EngineConfig,
+    ModelConfig,
+    RopeConfig,
+    resolve_engine_config,
+)
 from tandem.errors import ConfigError
 from tandem.kv_layout import KvLayout
 
@@ -93,7 +100,15 @@ def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"dtype": "float8"}, "dtype: 'float8' is not one of auto, float32, bfloat16"),
         ({"kv_dtype": "int4"}, "kv_dtype: 'int4' is not one of"),
         ({"compute": "bf16", "dtype": "float32"}, "dtype: compute bf16 holds weights in bfloat16"),
-        ({"device": "cuda"}, "device: 'cuda' is not one of auto, cpu"),
+        ({"device": "gpu"}, "device: 'gpu' is not one of auto, cpu, cuda"),
+        ({"device": "cuda", "compute": "exact"}, "compute: 'exact' is not one of auto, native, fp8, int8, int4"),
+        ({"compute": "fp8"}, "compute: 'fp8' is not one of auto, exact, bf16, int8"),
+        (
+            {"device": "cuda", "dtype": "float16", "kv_dtype": "bf16"},
+            "kv_dtype: on a GPU keys and values have the dtype",
+        ),
+        ({"dtype": "float16"}, "dtype: 'float16' is not one of auto, float32, bfloat16"),
+        ({"graphs": "yes"}, "graphs: 'yes' is not true or false"),
         ({"block_size": 0}, "block_size: 0 is not an integer between 1 and 256"),
         ({"block_size": True}, "block_size: True is not an integer"),
         ({"max_step_tokens": "many"}, "max_step_tokens: 'many' is not an integer"),
@@ -127,3 +142,17 @@ def test_windows_and_limits() -> None:
     assert _resolve(max_context=5000).context_limit(MODEL) == 1000
     with pytest.raises(dataclasses.FrozenInstanceError):
         windowed.sliding_window = 9  # type: ignore[misc]
+
+
+def test_a_gpu_computes_in_sixteen_bits() -> None:
+    """And leaves the number of blocks to its memory."""
+    config = _resolve(device="cuda")
+    assert (config.device, config.compute, config.dtype, config.kv_dtype) == ("cuda", "native", "bfloat16", "bfloat16")
+    assert config.num_blocks == BY_FREE_MEMORY
+    assert (config.max_step_tokens, config.max_sequences) == (8192, 256)
+    assert _resolve(device="cuda", num_blocks=7, dtype="fp16").kv_dtype == "float16"
+    assert _resolve(device="cuda", num_blocks=7).num_blocks == 7
+    assert _resolve(device="cuda", compute="int4").compute == "int4"
+    assert _resolve(device="auto").device == "cpu"
+    assert resolve_engine_config({"model": "m"}, found="cuda").device == "cuda"
+    assert resolve_engine_config({"model": "m", "device": "cpu"}, found="cuda").compute == "exact"

@@ -335,6 +335,16 @@ def test_doctor_says_what_will_be_used(fast: bool, monkeypatch: pytest.MonkeyPat
     assert "shm, grpc" in text.output
 
 
+def test_doctor_says_that_a_gpu_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels that were chosen for it."""
+    kernels = {"implementation": "cpp", "gpu": "H200", "gpu_operations": "triton", "gpu_attention": "triton"}
+    monkeypatch.setattr(doctor, "_probe", lambda module, problems: kernels if module == "kernels" else {})
+    used = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)["use"]
+    assert used["device"] == "cuda (H200)"
+    assert (used["kernels"], used["attention"], used["compute"]) == ("triton", "triton", "native")
+    assert used["exact_promise"] == "does not hold"
+
+
 def test_doctor_for_real() -> None:
     """The real probes answer."""
     done = tandem("doctor", "--json")

@@ -155,14 +155,18 @@ async def test_starts_serves_and_stops_in_order(up: Up, fake_services: Path) -> 
 async def test_flags_reach_the_workers(up: Up, fake_services: Path) -> None:
     """Only flags that were given are passed, so that a worker's defaults hold."""
     sizes = {"block_size": 32, "prefill_block_size": 16, "kv_dtype": "int8", "prefill_kv_dtype": "bf16"}
-    supervisor = up(compute="exact", prefix_cache=False, share_weights=False, **sizes)
+    off = {"prefix_cache": False, "share_weights": False, "graphs": False}
+    supervisor = up(compute="exact", device="cpu", max_context=99, **sizes, **off)
     await supervisor.start()
     (decode,) = events(fake_services, event="start", role="decode")
     flags = decode["argv"]
     assert flags[flags.index("--compute") + 1] == "exact"
     assert flags[flags.index("--block-size") + 1] == "32"
     assert flags[flags.index("--kv-dtype") + 1] == "int8"
-    assert {"--no-prefix-cache", "--no-share-weights", "--convert-kv-dtype"} <= set(flags)
+    switches = {"--no-prefix-cache", "--no-share-weights", "--convert-kv-dtype", "--no-graphs"}
+    assert switches <= set(flags)
+    assert flags[flags.index("--device") + 1] == "cpu"
+    assert flags[flags.index("--max-context") + 1] == "99"
     assert "--num-blocks" not in flags
     (prefill,) = events(fake_services, event="start", role="prefill")
     assert prefill["argv"][prefill["argv"].index("--block-size") + 1] == "16"

@@ -74,6 +74,13 @@ def test_tokens_equal_the_reference(params: SamplingParams, steps: float) -> Non
     assert params.temperature < 0.1 or params.top_k == 1 or len(set(tokens)) > 1
 
 
+@pytest.mark.parametrize("banned", [(), (2,), tuple(range(0, VOCABULARY, 3))])
+def test_banned_ids_leave_top_p_as_it_is(banned: tuple[int, ...]) -> None:
+    params = SamplingParams(temperature=1.2, top_p=0.6)
+    specs = [Spec(dataclasses.replace(params, seed=i), position=i, suppress=banned) for i in range(12)]
+    same_as_reference(rows(12), specs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_logits_of_16_bits(dtype: torch.dtype) -> None:
     same_as_reference(rows(4).to(dtype), [Spec(SamplingParams(seed=i, top_p=0.9)) for i in range(4)])

@@ -1,0 +1,114 @@
+"""The engine's tokens on a GPU beside transformers, on a small model with random weights: `python -m bench.gpu_tokens`.
+
+Tokens of 16-bit models differ where two logits are closer than rounding. So every token that the engine draws greedily
+is looked up in transformers' float32 logits for the same context: how far below the largest is it? transformers' own
+choice in 16 bits is measured likewise, and the engine's may be a little further off at most. Steps that are replayed,
+eager, and launched ahead must draw the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.random_weights import PREFIX, SHAPES, RandomCheckpoint
+from bench.sequences import SequenceDriver, load_bench_engine
+from engine.config import ModelConfig
+
+PROMPTS = ((4, 7), (8, 64), (3, 700))
+"""(sequences, tokens of each)."""
+OUTPUT_TOKENS = 48
+SLACK = 3.0
+"""How much further from float32's choice than transformers' own in 16 bits a token may be."""
+
+
+def main() -> int:
+    """Command line; the exit status is 1 when something differs."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_tokens", description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", default="smol-135m", choices=sorted(SHAPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    given = parser.parse_args()
+    drawn = {way: _generate(given.shape, given.dtype, way) for way in ("eager", "graphs", "ahead")}
+    same = {way: _share_of_equal(drawn["eager"], drawn[way]) for way in ("graphs", "ahead")}
+    gaps = _gaps(given.shape, given.dtype, drawn["graphs"])
+    # Graphs pad their products, so that a library may choose another kernel for them; launching ahead changes nothing.
+    good = gaps["engine"] <= SLACK * gaps["transformers"] + 1e-6 and drawn["ahead"] == drawn["graphs"]
+    print(json.dumps({"dtype": given.dtype, "same_as_eager": same, "worst_gap": gaps, "ok": good}), flush=True)
+    return 0 if good else 1
+
+
+def _generate(shape: str, dtype: str, way: str) -> list[list[int]]:
+    """Prompt and output of every sequence."""
+    settings = {"device": "cuda", "dtype": dtype, "graphs": way != "eager", "max_sequences": 8}
+    engine = load_bench_engine(PREFIX + shape, settings, 512, 4096)
+    engine.runner.warm_up()
+    driver, found = SequenceDriver(engine, 512), []
+    for count, length in PROMPTS:
+        with driver.sequences(count, length) as sequences:
+            driver.prefill(sequences)
+            if way == "ahead":
+                driver.decode_ahead(sequences, OUTPUT_TOKENS - 1)
+            else:
+                for _ in range(OUTPUT_TOKENS - 1):
+                    driver.decode(sequences)
+            found += [list(sequence.tokens) for sequence in sequences]
+    return found
+
+
+def _share_of_equal(one: list[list[int]], other: list[list[int]]) -> float:
+    mine, others = ([t for tokens in drawn for t in tokens[-OUTPUT_TOKENS:]] for drawn in (one, other))
+    return sum(a == b for a, b in zip(mine, others, strict=True)) / len(mine)
+
+
+def _gaps(shape: str, dtype: str, sequences: list[list[int]]) -> dict[str, float]:
+    """The furthest that a token is below float32's largest logit, in standard deviations of the logits."""
+    exact, rounded = _reference(shape, torch.float32), _reference(shape, getattr(torch, dtype))
+    worst = {"engine": 0.0, "transformers": 0.0}
+    for tokens in sequences:
+        context = torch.tensor([tokens[:-1]], device="cuda")
+        with torch.inference_mode():
+            logits = exact(context).logits[0, -OUTPUT_TOKENS:].float()
+            choice = rounded(context).logits[0, -OUTPUT_TOKENS:].float().argmax(-1)
+        engine = torch.tensor(tokens[-OUTPUT_TOKENS:], device="cuda")
+        for name, chosen in (("engine", engine), ("transformers", choice)):
+            worst[name] = max(worst[name], _furthest(logits, chosen))
+    return {name: round(value, 5) for name, value in worst.items()}
+
+
+def _furthest(logits: Tensor, chosen: Tensor) -> float:
+    below = logits.max(-1).values - logits.gather(1, chosen[:, None])[:, 0]
+    return float((below / logits.std(-1)).max())
+
+
+def _reference(shape: str, dtype: torch.dtype) -> Any:
+    """transformers' model of the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config: ModelConfig = SHAPES[shape]
+    settings: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_context,
+        "rms_norm_eps": config.rms_eps,
+        "rope_theta": config.rope.theta,  # before transformers 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
+        "tie_word_embeddings": False,
+    }
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    checkpoint = RandomCheckpoint(shape, "cuda")
+    model.load_state_dict({name: checkpoint.tensor(name).float().cpu() for name in checkpoint.names()})
+    return model.eval().to("cuda", dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

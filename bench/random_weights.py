@@ -1,0 +1,153 @@
+"""Models of a named shape with random weights, without any file: made where they are used, tensor by tensor."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig, RopeConfig
+from engine.weights.checkpoint import StoredTensor
+from kernels.coded import CodedWeights
+from kernels.int8 import GroupWeights
+from tandem.errors import ConfigError, ModelFormatError
+
+PREFIX: Final = "random:"
+SPREAD: Final = 0.02
+"""Standard deviation of weights, as models are initialised: activations stay finite through all layers."""
+
+
+def _llama(name: str, layers: int, width: int, inner: int, heads: int, kv_heads: int) -> ModelConfig:
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=128_256,
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        intermediate_size=inner,
+        rms_eps=1e-5,
+        rope=RopeConfig(theta=500_000.0, rotary_dim=128),
+        max_context=8192,
+        name=name,
+    )
+
+
+SHAPES: Final = {
+    "smol-135m": ModelConfig(
+        architecture="llama",
+        vocab_size=49_152,
+        hidden_size=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        intermediate_size=1536,
+        rms_eps=1e-5,
+        rope=RopeConfig(theta=100_000.0, rotary_dim=64),
+        max_context=2048,
+        name="smol-135m",
+    ),
+    "llama-3-8b": _llama("llama-3-8b", 32, 4096, 14_336, 32, 8),
+    "llama-3-70b": _llama("llama-3-70b", 80, 8192, 28_672, 64, 8),
+    "llama-tiny": ModelConfig(
+        architecture="llama",
+        vocab_size=500,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        rms_eps=1e-5,
+        rope=RopeConfig(theta=10_000.0, rotary_dim=16),
+        max_context=256,
+        name="llama-tiny",
+    ),
+}
+
+
+def open_random(model: str, device: str) -> RandomCheckpoint | None:
+    """The checkpoint that "random:SHAPE" names; None for any other name. Raises ConfigError for an unknown shape."""
+    return RandomCheckpoint(model.removeprefix(PREFIX), device) if model.startswith(PREFIX) else None
+
+
+class RandomCheckpoint:
+    """A `Checkpoint` of random weights on `device`."""
+
+    files: Sequence[Path] = ()
+    coding = ""
+
+    def __init__(self, shape: str, device: str) -> None:
+        """`shape` is one of SHAPES. Raises ConfigError for another."""
+        if shape not in SHAPES:
+            raise ConfigError(f"model: unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+        self.config = SHAPES[shape]
+        self._device = device
+        self._shapes = _tensor_shapes(self.config)
+        self._generator = torch.Generator(device)
+
+    def names(self) -> Sequence[str]:
+        """See `Checkpoint`."""
+        return sorted(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Checkpoint`."""
+        if name not in self._shapes:
+            raise ModelFormatError(f"no tensor {name}")
+        return self._shapes[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """Norms are 1, all else is normal with SPREAD."""
+        shape = self.shape(name)
+        if len(shape) == 1:
+            return torch.ones(shape, device=self._device)
+        tensor = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
+        self._generator.manual_seed(zlib.crc32(name.encode()))  # the same whatever is read before
+        return tensor.normal_(0.0, SPREAD, generator=self._generator)
+
+    def coded(self, name: str) -> CodedWeights | None:
+        """None: nothing is quantised."""
+        return None
+
+    def codes(self, name: str) -> GroupWeights | None:
+        """None: nothing is quantised."""
+        return None
+
+    def release(self, name: str) -> None:
+        """Nothing is held."""
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Nothing: random weights are identified by their shape."""
+        return iter(())
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    width, inner = config.hidden_size, config.intermediate_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (query, width),
+        "self_attn.k_proj": (key, width),
+        "self_attn.v_proj": (key, width),
+        "self_attn.o_proj": (width, query),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+    }
+    shapes = {
+        f"model.layers.{index}.{name}.weight": shape
+        for index in range(config.num_layers)
+        for name, shape in layer.items()
+    }
+    table = (config.vocab_size, width)
+    return {**shapes, "model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": (width,)}

@@ -1,0 +1,1 @@
+"""Steps on a GPU: staging, captured graphs, memory. A CPU's engine runs none of it."""
