@@ -21,6 +21,7 @@ class Flags(flags.Flags):
     speculation: SpeculationConfig
     draft_model: str | None
     self_draft_layers: str | None
+    eagle_head: str | None
     automatic_speculation: bool = False
     """Nobody asked for it by name."""
 
@@ -70,8 +71,9 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         metavar="LAYERS",
         help="draft with the model's own layers: how many of them, or which, as 0-3,7,28-29; the others are skipped",
     )
+    parser.add_argument("--eagle-head", metavar="PATH", help="the folder of an EAGLE-1 or EAGLE-3 head, to draft with")
     values = parser.parse_args(argv)
-    given = {"draft": values.draft_model, "self": values.self_draft_layers}
+    given = {"draft": values.draft_model, "self": values.self_draft_layers, "eagle": values.eagle_head}
     return Flags(
         **flags.common(values),
         mixed_prefill_tokens=values.mixed_prefill_tokens,
@@ -85,4 +87,5 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         draft_model=values.draft_model,
         self_draft_layers=values.self_draft_layers,
         automatic_speculation=values.speculation == "auto" and not any(given.values()),
+        eagle_head=values.eagle_head,
     )

@@ -10,15 +10,16 @@ import torch
 
 from engine.batch import Batch, Launched, SampleSpec, Slice, StepOutput
 from engine.config import EngineConfig
+from engine.features import FeatureStore
 from engine.kv_cache import DeviceKVCache, KVCache
 from engine.models.fused import FusedModel
-from engine.models.meta import ForwardMeta
+from engine.models.meta import ForwardMeta, Predictions
 from engine.models.skipping import KeptCache
 from engine.models.transformer import Model
 from engine.placing import place, rows_to_sample
 from engine.sampler import greedy_rows, sample
 from kernels.blocks import copy_blocks
-from tandem.errors import InternalError
+from tandem.errors import ConfigError, InternalError
 from tandem.record import SamplingParams
 
 
@@ -68,6 +69,12 @@ class Runner:
         """Whether a step may be launched before the last one is collected (`Slice.follows`)."""
         return self._steps.overlaps
 
+    def keep_features(self, features: FeatureStore) -> None:
+        """Hidden states of what is run are kept from now on. Raises ConfigError where steps don't show them."""
+        if not isinstance(self._steps, HostSteps) or not isinstance(self.model, Model):
+            raise ConfigError("hidden states are kept on the CPU with --compute exact or bf16 only")
+        self._steps.features = features
+
     def _bind_thread(self) -> None:
         """OpenMP counts threads per calling thread: what the loading thread set doesn't hold on the engine's."""
         if self._threads is not None and not hasattr(self._bound, "threads"):
@@ -104,6 +111,7 @@ class HostSteps:
     ) -> None:
         """See `Runner`."""
         self._model, self._kv, self._block_size = model, kv_cache, config.block_size
+        self.features: FeatureStore | None = None
 
     def warm_up(self) -> None:
         """Nothing to do."""
@@ -117,8 +125,15 @@ class HostSteps:
             raise InternalError("a step on the CPU follows nothing: it is over when it was launched")
         token_ids, meta = build_meta(batch.slices, self._block_size)
         rows = sampled_rows(batch.slices, meta)
-        predictions = self._model.step(token_ids, meta, self._kv, rows, greedy_rows(batch))
-        return _Done(sample(batch, predictions))
+        return _Done(sample(batch, self._step(batch, token_ids, meta, rows)))
+
+    def _step(self, batch: Batch, token_ids: torch.Tensor, meta: ForwardMeta, rows: torch.Tensor) -> Predictions:
+        if self.features is None or not isinstance(self._model, Model):
+            return self._model.step(token_ids, meta, self._kv, rows, greedy_rows(batch))
+        taps = self.features.taps()
+        predictions = self._model.step(token_ids, meta, self._kv, rows, taps=taps)
+        self.features.saw(batch.slices, taps)
+        return predictions
 
 
 def build_meta(slices: Sequence[Slice], block_size: int) -> tuple[torch.Tensor, ForwardMeta]:

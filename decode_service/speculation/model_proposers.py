@@ -10,12 +10,17 @@ from decode_service.flags import Flags
 from decode_service.speculation.config import Borrower, SpeculationConfig
 from decode_service.speculation.draft import DraftProposer
 from decode_service.speculation.draft_memory import BorrowedMemory, OwnMemory
+from decode_service.speculation.eagle_memory import EagleMemory
 from decode_service.speculation.proposer import Proposer
 from engine.block_pool import BlockPool
 from engine.config import ModelConfig
+from engine.eagle_runner import EagleRunner
+from engine.features import FeatureStore
 from engine.kv_cache import KVCache
 from engine.loading import Engine, load_engine, resolve
+from engine.models.eagle_loader import load_eagle
 from engine.models.skipping import KeptCache, keep_layers, parse_layers
+from engine.models.transformer import Model
 from engine.runner import Runner
 from engine.weights.checkpoint import read_config
 from engine.weights.vocabulary import check_same_vocabulary
@@ -23,6 +28,8 @@ from tandem.errors import ConfigError, TandemError
 from tandem.service.logging import get_logger
 
 _log = get_logger(__name__)
+EAGLE_CATCH_UP: Final = 256
+"""Rows of a head that one call computes for outputs that begin: one layer each."""
 _SHARED_SETTINGS: Final = ("threads", "share_weights", "prefix_cache")
 """Settings of the engine that the draft model's has too."""
 
@@ -80,6 +87,24 @@ def _self(flags: Flags, engine: Engine) -> tuple[Proposer, BorrowedMemory]:
     return DraftProposer("self", runner, memory, config.context_limit(engine.model_config)), memory
 
 
+def _eagle(flags: Flags, engine: Engine) -> tuple[Proposer, EagleMemory]:
+    """An EAGLE head over the target's hidden states."""
+    path, config, model = str(flags.eagle_head), engine.engine_config, engine.runner.model
+    if not isinstance(model, Model):
+        raise ConfigError("--eagle-head: compute int8 keeps no hidden states; use --compute exact or bf16")
+    limit = config.context_limit(engine.model_config)
+    try:
+        head = load_eagle(path, model, limit)
+    except TandemError as error:
+        raise ConfigError(f"--eagle-head: {error.message}") from error
+    features = FeatureStore(head.taps)
+    engine.runner.keep_features(features)
+    runner = EagleRunner(head, features, config.num_blocks, config.block_size)
+    runner.warm_up()
+    memory = EagleMemory(BlockPool(config.num_blocks, config.block_size, prefix_cache=False), features, runner)
+    return DraftProposer("eagle", runner, memory, limit, catch_up_tokens=EAGLE_CATCH_UP), memory
+
+
 def _context(draft: ModelConfig, engine: Engine) -> int:
     return min(draft.max_context, engine.engine_config.context_limit(engine.model_config))
 
@@ -87,4 +112,5 @@ def _context(draft: ModelConfig, engine: Engine) -> int:
 _MAKERS: Final[Mapping[str, Callable[[Flags, Engine], tuple[Proposer, OwnMemory | BorrowedMemory]]]] = {
     "draft": _draft,
     "self": _self,
+    "eagle": _eagle,
 }

@@ -18,7 +18,7 @@ FACTORIES: Final[dict[str, Callable[[], Proposer]]] = {
 """In order of preference where drafts are equally good. Those in here need nothing but the tokens."""
 
 
-MODEL_FLAGS: Final = {"draft": "--draft-model", "self": "--self-draft-layers"}
+MODEL_FLAGS: Final = {"draft": "--draft-model", "self": "--self-draft-layers", "eagle": "--eagle-head"}
 """Those that need a model, and the flag that gives it; in order of preference after the others."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -45,3 +45,13 @@ class Predictions:
     """float32 [R, V] (or 16 bits, on a GPU); rows with an answer in `best` may be unfilled."""
     best: Tensor | None = None
     """int64 [R]: the id of the largest logit, `kernels.sampling.NOT_FINITE`, or NOT_PICKED; None: no row has one."""
+
+
+@dataclass(slots=True)
+class Taps:
+    """Hidden states that a step is to keep of all its rows, for who drafts from them."""
+
+    layers: tuple[int, ...]
+    """The residual stream before each of these layers; none: the last hidden states, normed."""
+    kept: list[Tensor] = field(default_factory=list)
+    """Filled by the step: float32 [T, W] each, in the order of `layers`."""

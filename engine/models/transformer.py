@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.models.meta import ForwardMeta, Predictions
+from engine.models.meta import ForwardMeta, Predictions, Taps
 from kernels.backends import Backend, for_cpu
 from kernels.kv_codes import FixedScales
 from kernels.linear import PackedLinear, linear
@@ -122,29 +122,35 @@ class Model:
         kv_cache: KvLayers,
         rows: Tensor | None,
         greedy: Tensor | None = None,
+        taps: Taps | None = None,
     ) -> Predictions:
         """`forward`, then what it says of `rows` int64 [R] (None: of every row).
 
         `greedy` uint8 [R] marks rows of which only the largest logit is wanted; a model may then leave out the others.
         """
-        hidden = self.forward(token_ids, meta, kv_cache)
+        hidden = self.forward(token_ids, meta, kv_cache, taps)
         return Predictions(self.logits(hidden if rows is None else hidden[rows]))
 
-    def forward(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers) -> Tensor:
+    def forward(self, token_ids: Tensor, meta: ForwardMeta, kv_cache: KvLayers, taps: Taps | None = None) -> Tensor:
         """One step over T rows: writes their K and V to the cache and returns hidden states [T, W].
 
-        `token_ids` is int64 [T]; `meta` places the rows. The result is normed and ready for `logits`.
+        `token_ids` is int64 [T]; `meta` places the rows. `taps` are filled. The result is normed, ready for `logits`.
         Raises InternalError when ids, positions, slots or blocks are out of range (on a CPU; on a GPU whoever builds
         the step vouches for them).
         """
         norm, eps = self.backend.operations.rms_norm, self.config.rms_eps
         residual = self.embedding(token_ids)
         x = norm(residual, self.layers[0].input_norm, eps)
+        streams: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
+            if taps is not None and index in taps.layers:
+                streams[index] = residual.clone()
             update = self._attention(layer, x, meta, kv_cache.layer(index), kv_cache.layer_scales(index))
             x = norm(update, layer.post_norm, eps, residual)
             update = layer.down(self.backend.operations.silu_mul(layer.gate_up(x)))
             x = norm(update, self._norm_after(index), eps, residual)
+        if taps is not None:
+            taps.kept = [streams[index] for index in taps.layers] or [x]
         return x
 
     def logits(self, hidden_rows: Tensor) -> Tensor:

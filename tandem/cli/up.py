@@ -133,6 +133,12 @@ from tandem.supervisor.supervisor import Supervisor
     metavar="LAYERS",
     help="Draft with the model's own layers: how many of them, or which, as 0-3,7,28-29; the others are skipped.",
 )
+@click.option(
+    "--eagle-head",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True, path_type=Path),
+    metavar="PATH",
+    help="The folder of an EAGLE-1 or EAGLE-3 head for the model, to draft with; needs --compute exact or bf16.",
+)
 @click.option("--speculation-fixed", is_flag=True, help="Verify drafts whatever they cost: for tests and measurements.")
 @click.option(
     "--no-graphs",

@@ -70,6 +70,7 @@ class UpSettings:
     speculation_fixed: bool = False
     draft_model: Path | None = None
     self_draft_layers: str | None = None
+    eagle_head: Path | None = None
     local_prefill_threshold: int | None = None
     max_queue: int | None = None
     default_timeout: float | None = None
@@ -140,6 +141,7 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
             "--speculation-tokens": settings.speculation_tokens,
             "--draft-model": settings.draft_model,
             "--self-draft-layers": settings.self_draft_layers,
+            "--eagle-head": settings.eagle_head,
         }
     switches = {
         "--no-prefix-cache": not settings.prefix_cache,

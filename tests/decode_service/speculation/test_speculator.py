@@ -141,7 +141,9 @@ def test_flags_name_proposers() -> None:
     assert isinstance(suffix, SuffixProposer)
     assert speculation("off", 4).proposers == []
     assert [each.name for each in speculation("ngram, ngram", 4).proposers] == ["ngram"]
-    with pytest.raises(ConfigError, match="--speculation: 'magic' is not one of auto, off, ngram, suffix, draft, self"):
+    with pytest.raises(
+        ConfigError, match="--speculation: 'magic' is not one of auto, off, ngram, suffix, draft, self, eagle"
+    ):
         speculation("ngram,magic", 4)
     with pytest.raises(ConfigError, match="--speculation-tokens: must be 1 to 64, got 0"):
         speculation("auto", 0)
