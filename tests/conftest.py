@@ -188,6 +188,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--exact-full", action="store_true", help="run every way of tests/exact, not the pairwise selection"
     )
     parser.addoption("--model-deep", action="store_true", help="explore the larger worlds of tests/model too")
+    parser.addoption(
+        "--scaling-rounds", type=int, default=1, help="how often tests/e2e/test_scaling.py grows and shrinks both pools"
+    )
 
 
 @pytest.fixture
