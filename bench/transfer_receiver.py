@@ -60,7 +60,7 @@ class _Worker:
         yield over
         over.cancel()
 
-    async def call_with_events(self, work: object) -> None:
+    async def commit(self, key: str, record: object, token_end: int, blocks: object) -> None:
         """The sequence would join the batch here."""
 
     def fail_stream(self, key: str, error: Exception) -> None:
