@@ -47,6 +47,28 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         action="store_true",
         help="take KV blocks of another dtype than --kv-dtype from prefill workers; rounds, so tokens may differ",
     )
+    _add_speculation(parser)
+    values = parser.parse_args(argv)
+    given = {"draft": values.draft_model, "self": values.self_draft_layers, "eagle": values.eagle_head}
+    return Flags(
+        **flags.common(values),
+        mixed_prefill_tokens=values.mixed_prefill_tokens,
+        convert_kv_dtype=values.convert_kv_dtype,
+        speculation=speculation(
+            values.speculation,
+            values.speculation_tokens,
+            fixed=values.speculation_fixed,
+            models=[name for name, value in given.items() if value is not None],
+        ),
+        draft_model=values.draft_model,
+        self_draft_layers=values.self_draft_layers,
+        automatic_speculation=values.speculation == "auto" and not any(given.values()),
+        eagle_head=values.eagle_head,
+    )
+
+
+def _add_speculation(parser: flags.Parser) -> None:
+    """Who drafts, and with what."""
     parser.add_argument(
         "--speculation",
         default="auto",
@@ -72,20 +94,3 @@ def parse_flags(argv: Sequence[str]) -> Flags:
         help="draft with the model's own layers: how many of them, or which, as 0-3,7,28-29; the others are skipped",
     )
     parser.add_argument("--eagle-head", metavar="PATH", help="the folder of an EAGLE-1 or EAGLE-3 head, to draft with")
-    values = parser.parse_args(argv)
-    given = {"draft": values.draft_model, "self": values.self_draft_layers, "eagle": values.eagle_head}
-    return Flags(
-        **flags.common(values),
-        mixed_prefill_tokens=values.mixed_prefill_tokens,
-        convert_kv_dtype=values.convert_kv_dtype,
-        speculation=speculation(
-            values.speculation,
-            values.speculation_tokens,
-            fixed=values.speculation_fixed,
-            models=[name for name, value in given.items() if value is not None],
-        ),
-        draft_model=values.draft_model,
-        self_draft_layers=values.self_draft_layers,
-        automatic_speculation=values.speculation == "auto" and not any(given.values()),
-        eagle_head=values.eagle_head,
-    )

@@ -23,7 +23,7 @@ from tandem.errors import InternalError
 
 
 class TritonOperations:
-    """See `kernels.backends.Operations`; each method is documented at the function that it calls."""
+    """See `kernels.backends.Operations`; what is no more than a kernel's function is that function."""
 
     name = "triton"
     capturable = True
@@ -33,17 +33,9 @@ class TritonOperations:
         """The compiler's version and the chip."""
         return f"triton-{triton.__version__}-{target().backend}{target().arch or ''}"
 
-    def embedding(self, ids: Tensor, table: Tensor) -> Tensor:
-        """See `kernels.triton.embedding`."""
-        return embedding(ids, table)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-        """See `kernels.triton.norm`."""
-        return rms_norm(x, weight, eps, residual)
-
-    def rms_norm_heads(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-        """See `kernels.triton.norm`."""
-        return rms_norm_heads(x, weight, eps, out)
+    embedding = staticmethod(embedding)
+    rms_norm = staticmethod(rms_norm)
+    rms_norm_heads = staticmethod(rms_norm_heads)
 
     def rope_and_store(
         self,
