@@ -23,7 +23,7 @@ from engine.weights.checkpoint import Checkpoint, StoredTensor
 from engine.weights.hf_config import read_json
 from engine.weights.rounding import FORMS, Form, Part
 from engine.weights.safetensors import INDEX_NAME, RAW_DTYPES, SINGLE_NAME
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, ModelFormatError
 
 SHARD_BYTES: Final = 4 << 30
 COPIED: Final = (
@@ -60,7 +60,7 @@ def quantize_folder(source: Path, out: Path, form: str, progress: Progress | Non
     """Write `out` from `source`: linear layers but the LM head in `form` (int4, int8, fp8), all else as it is.
 
     Raises ConfigError: an unknown form, an `out` that exists, a source that isn't a folder of plain weights.
-    Raises ModelFormatError for a broken source.
+    Raises ModelFormatError for a broken source: numbers that aren't finite are in it, too.
     """
     if form not in FORMS:
         raise ConfigError(f"--format: {form!r} is unknown; allowed: {', '.join(FORMS)}")
@@ -119,6 +119,8 @@ def _layer_first(tensor: StoredTensor) -> tuple[int, str]:
 
 
 def _plan(tensor: StoredTensor, form: Form) -> Planned:
+    if tensor.type not in RAW_DTYPES:
+        raise ModelFormatError(f"tensor {tensor.name} has type {tensor.type}; supported: {', '.join(RAW_DTYPES)}")
     if not _is_linear(tensor):
         return Planned(tensor, None, [Part("", tensor.type, tensor.shape)])
     return Planned(tensor, form, form.parts(tensor.shape[0], tensor.shape[1], tensor.type))
@@ -163,6 +165,9 @@ def _data(checkpoint: Checkpoint, tensor: Planned) -> Iterator[memoryview]:
         yield tensor.source.data
         return
     weight = checkpoint.tensor(tensor.source.name).float()
+    # A NaN's code would be any number, and an infinity makes its whole row zeros.
+    if weight.numel() and not all(bool(end.isfinite()) for end in weight.aminmax()):
+        raise ModelFormatError(f"tensor {tensor.source.name} holds numbers that are not finite")
     for written in tensor.form.write(weight, _SCALE_TYPES[tensor.source.type]):
         yield _bytes(written)
 

@@ -25,7 +25,7 @@ from tandem.errors import ConfigError, IncompatibleError, InternalError
 
 logger = logging.getLogger("engine")
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised when the same checkpoint gives other panels: other fused parts, another order, another rounding in Python."""
 
 

@@ -1,7 +1,8 @@
 """The `config_groups` of compressed-tensors (what llm-compressor writes) as rules.
 
 A layer is of the group whose target names it best: by its own name, by a regular expression ("re:..."), by its class
-("Linear"). Names and expressions of `ignore` leave layers alone.
+("Linear"). Of several expressions the first by the alphabet counts, whichever group it is of, and of several groups
+with one target the last: so the tool does it. Names and expressions of `ignore` leave layers alone.
 """
 
 from __future__ import annotations
@@ -23,25 +24,37 @@ _RANK: Final = {"name": 0, "match": 1, "all": 2}
 
 def compressed_rules(settings: Fields) -> list[Rule]:
     """Rules, the exact ones first. Raises ModelFormatError for what no reader here knows."""
-    _check_kv_cache(settings)
-    if settings.text("quantization_status", "compressed") != "compressed":
-        raise settings.error("quantization_status", f"must be compressed, not {settings.get('quantization_status')!r}")
-    for key in ("sparsity_config", "transform_config"):
-        if settings.get(key):
-            raise settings.error(key, "is not supported")
+    # What the older tool compressed while it was saved stayed "frozen" by name.
+    status = settings.text("quantization_status", "compressed")
+    if status not in ("compressed", "frozen"):
+        raise settings.error("quantization_status", f"must be compressed or frozen, not {status!r}")
+    _check_dense(settings)
     ignored = [Rule(_pattern(settings, "ignore", text), None) for text in _texts(settings, "ignore")]
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise settings.error("config_groups", "must be an object that is not empty")
     rules = [rule for name, group in groups.items() for rule in _group_rules(settings, str(name), group)]
-    return [*ignored, *sorted(rules, key=lambda rule: _RANK[rule.pattern.kind])]
+    last = {rule.pattern: rule for rule in rules}.values()
+    return [*ignored, *sorted(last, key=lambda rule: (_RANK[rule.pattern.kind], rule.pattern.text))]
 
 
-def _check_kv_cache(settings: Fields) -> None:
-    """Accept what `TensorSource.kv_scales` reads: FP8 with one scale for a layer's keys and one for its values."""
+def _check_dense(settings: Fields) -> None:
+    """Accept a `sparsity_config` that only notes how many weights happen to be 0, as older checkpoints have it."""
+    sparsity = settings.get("sparsity_config")
+    if sparsity and not (isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"):
+        raise settings.error("sparsity_config", "is not supported, but for format 'dense'")
+    if settings.get("transform_config"):
+        raise settings.error("transform_config", "is not supported")
+
+
+def has_kv_scales(settings: Fields) -> bool:
+    """True when each layer has a scale for its keys and one for its values, FP8 both: all that is read.
+
+    Raises ModelFormatError for any other `kv_cache_scheme`.
+    """
     value = settings.get("kv_cache_scheme")
     if value is None:
-        return
+        return False
     if not isinstance(value, Mapping):
         raise settings.error("kv_cache_scheme", "must be an object")
     fields = Fields(f"{settings.source}: kv_cache_scheme", value)
@@ -49,6 +62,7 @@ def _check_kv_cache(settings: Fields) -> None:
     how = (fields.boolean("symmetric", True), fields.boolean("dynamic", False))
     if form != ("float", 8, "tensor") or how != (True, False):
         raise settings.error("kv_cache_scheme", "is supported as static, symmetric float 8 with strategy 'tensor' only")
+    return True
 
 
 def _group_rules(settings: Fields, name: str, group: object) -> list[Rule]:
@@ -75,7 +89,9 @@ def _weights(group: Fields, packing: Packing) -> Scheme:
         raise fields.error("num_bits", f"{kind} {bits} is not supported; known: {known}")
     if packing == "packed" and kind != "int":
         raise fields.error("type", f"{kind!r} can't be packed")
-    strategy = fields.text("strategy", "group" if fields.get("group_size") else "tensor")
+    if kind == "float" and not fields.boolean("symmetric", True):
+        raise fields.error("symmetric", "must be true with type 'float'")
+    strategy = fields.text("strategy", _strategy_by_group(fields))
     if strategy not in ("tensor", "channel", "group", "block"):
         raise fields.error("strategy", f"{strategy!r} is not supported; known: tensor, channel, group, block")
     return Scheme(
@@ -89,6 +105,11 @@ def _weights(group: Fields, packing: Packing) -> Scheme:
         ordered=fields.get("actorder") in ("group", "dynamic"),
         activations=_activations(group),
     )
+
+
+def _strategy_by_group(fields: Fields) -> str:
+    group = fields.get("group_size")
+    return "tensor" if group is None else "channel" if group == -1 else "group"
 
 
 def _activations(group: Fields) -> Activations | None:

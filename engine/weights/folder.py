@@ -7,9 +7,10 @@ from pathlib import Path
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.fields import Fields
 from engine.weights.hf_config import read_json
-from engine.weights.quantized_checkpoint import QuantizedCheckpoint
+from engine.weights.quantized_checkpoint import CODES, QuantizedCheckpoint
 from engine.weights.quantized_config import quantization
 from engine.weights.safetensors import SafetensorsCheckpoint
+from tandem.errors import ModelFormatError
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -18,7 +19,12 @@ def open_folder(folder: Path) -> Checkpoint:
     try:
         path = folder / "config.json"
         found = quantization(Fields(str(path), read_json(path)))
-        return plain if found is None else QuantizedCheckpoint(plain, found)
+        if found is not None:
+            return QuantizedCheckpoint(plain, found)
+        codes = next((name for name in plain.names() if name.endswith(CODES)), None)
+        if codes is not None:
+            raise ModelFormatError(f"{path}: quantization_config is missing, and tensor {codes} is quantised")
+        return plain
     except BaseException:
         plain.close()
         raise

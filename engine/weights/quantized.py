@@ -24,6 +24,8 @@ plain     weight int8 or FP8 (e4m3) [N, K], weight_scale for all, a row, a group
 """
 
 BITS: Final = (2, 3, 4, 8)
+INVERSE: Final = "weight_scale_inv"
+"""What the format fp8 calls its scales; codes are multiplied by them all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class Quantization:
     rules: Sequence[Rule]
     facts: str = field(repr=False, default="")
     """The configuration in a fixed spelling: part of the model's identity, since it says what the bytes mean."""
+    kv_scales: bool = False
+    """Every attention layer has a `k_scale` and a `v_scale`."""
 
     def scheme(self, layer: str) -> Scheme | None:
         """How the weight of `layer` is stored; None: as plain numbers."""

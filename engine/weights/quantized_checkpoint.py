@@ -25,7 +25,8 @@ from kernels.coded import FP8, CodedWeights
 from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
-_CODES: Final = ("qweight", "weight_packed")
+CODES: Final = ("qweight", "weight_packed")
+"""What codes are called where it isn't `weight`."""
 
 
 class QuantizedCheckpoint:
@@ -38,6 +39,9 @@ class QuantizedCheckpoint:
         self._source = str(inner.folder)
         self._raw = _Raw(inner)
         self._coded = self._find_layers()
+        self._idle = frozenset(self._idle_biases())
+        self._check_kv_scales()
+        self._names = self._find_names()
         self._config = self._own_config()
 
     @property
@@ -62,8 +66,7 @@ class QuantizedCheckpoint:
 
     def names(self) -> Sequence[str]:
         """All weights, sorted; those of quantised layers once each."""
-        hidden = {f"{layer}.{suffix}" for layer in self._coded for suffix in SUFFIXES}
-        return sorted({name for name in self._inner.names() if name not in hidden} | {_weight(n) for n in self._coded})
+        return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The weight's shape, outermost first."""
@@ -114,7 +117,7 @@ class QuantizedCheckpoint:
         found, names = {}, frozenset(self._inner.names())
         for name in sorted(names):
             layer, _, suffix = name.rpartition(".")
-            if suffix in _CODES or (suffix == "weight" and self._inner.dtype(name) in (torch.int8, torch.uint8, FP8)):
+            if suffix in CODES or (suffix == "weight" and self._inner.dtype(name) in (torch.int8, torch.uint8, FP8)):
                 found[layer] = self._scheme_of(layer, name)
         self._refuse_strays(names, found)
         return found
@@ -127,6 +130,10 @@ class QuantizedCheckpoint:
             raise self._error(f"tensor {name}: quantised embeddings are not supported")
         return scheme
 
+    def _find_names(self) -> tuple[str, ...]:
+        hidden = {f"{layer}.{suffix}" for layer in self._coded for suffix in SUFFIXES} | self._idle
+        return tuple(sorted(({*self._inner.names()} - hidden) | {_weight(layer) for layer in self._coded}))
+
     def _refuse_strays(self, names: frozenset[str], found: Mapping[str, Scheme]) -> None:
         """Scales of no codes, codes beside a plain weight, and plain weights where codes should be."""
         for name in sorted(names):
@@ -136,8 +143,24 @@ class QuantizedCheckpoint:
                 wanted = {None: "codes", "packed": "weight_packed", "plain": "weight as int8 or FP8"}
                 codes = wanted.get(None if scheme is None else scheme.packing, "qweight")
                 raise self._error(f"tensor {layer}.{codes} is missing; expected beside {name}")
-            if suffix in _CODES and _weight(layer) in names:
+            if suffix in CODES and _weight(layer) in names:
                 raise self._error(f"tensors {name} and {_weight(layer)} are two weights of one layer")
+
+    def _idle_biases(self) -> Iterator[str]:
+        """Biases of zeros, which AutoGPTQ once gave every layer, whether or not the model has any."""
+        names = frozenset(self._inner.names())
+        for layer, scheme in self._coded.items():
+            bias = f"{layer}.bias"
+            if scheme.packing == "gptq" and bias in names and not bool(self._inner.raw(bias).any()):
+                yield bias
+
+    def _check_kv_scales(self) -> None:
+        """What kv_cache_scheme promises."""
+        layers = range(self._inner.config.num_layers) if self._quantization.kv_scales else ()
+        wanted = [f"model.layers.{layer}.self_attn.{part}_scale" for layer in layers for part in ("k", "v")]
+        missing = sorted({*wanted} - {*self._inner.names()})
+        if missing:
+            raise self._error(f"tensor {missing[0]} is missing, which kv_cache_scheme names; expected one number")
 
     def _own_config(self) -> ModelConfig:
         config = self._inner.config

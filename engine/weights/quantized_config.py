@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
-from engine.weights.compressed_config import compressed_rules
+from engine.weights.compressed_config import compressed_rules, has_kv_scales
 from engine.weights.fields import Fields
-from engine.weights.quantized import BITS, Packing, Pattern, Quantization, Rule, Scheme
+from engine.weights.quantized import BITS, INVERSE, Packing, Pattern, Quantization, Rule, Scheme
 from engine.weights.quantized_table import BLOCK
 
 EVERY: Final = Pattern("", "all")
@@ -30,11 +30,12 @@ def quantization(fields: Fields) -> Quantization | None:
     if not isinstance(value, Mapping):
         raise fields.error("quantization_config", "must be an object")
     settings = Fields(f"{fields.source}: quantization_config", value)
-    method = settings.text("quant_method")
+    method = settings.text("quant_method").removeprefix("intel/")  # as AutoRound wrote it once
     if method not in METHODS:
         raise settings.error("quant_method", f"{method!r} is not supported; known: {', '.join(METHODS)}")
     rules = METHODS[method](settings)
-    return Quantization(method, tuple(rules), json.dumps(value, sort_keys=True))
+    kv_scales = method == "compressed-tensors" and has_kv_scales(settings)
+    return Quantization(method, tuple(rules), json.dumps(value, sort_keys=True), kv_scales)
 
 
 def _gptq(settings: Fields) -> list[Rule]:
@@ -61,6 +62,9 @@ def _overrides(settings: Fields, scheme: Scheme) -> list[Rule]:
 
 
 def _awq(settings: Fields) -> list[Rule]:
+    # Its words are int32 as AutoAWQ's are, in another order.
+    if settings.text("backend", "autoawq") == "llm-awq":
+        raise settings.error("backend", "'llm-awq' is not supported; known: autoawq")
     version = settings.text("version", settings.text("checkpoint_format", "gemm")).lower()
     packings: Mapping[str, Packing] = {"gemm": "awq_gemm", "gemv": "awq_gemv"}
     packing = _one_of(settings, "version", version, packings)
@@ -77,22 +81,33 @@ def _auto_round(settings: Fields) -> list[Rule]:
         "auto_round": "gptq_v2",
         "auto_round:gptqmodel": "gptq_v2",
         "auto_round:auto_gptq": "gptq",
+        "auto_round:gptq": "gptq",
+        "auto": "gptq",
         "auto_round:auto_awq": "awq_gemm",
+        "auto_round:awq": "awq_gemm",
     }
     packing = _one_of(settings, "packing_format", form, packings)
-    if settings.text("data_type", "int") != "int" or settings.get("rotation_config"):
-        raise settings.error("data_type", "only AutoRound's data_type 'int' without rotations is supported")
-    if (settings.optional_integer("act_bits") or 16) < 16:
-        raise settings.error("act_bits", "quantised activations are not supported in AutoRound's packings")
-    scheme, found = _integers(settings, packing), []
+    scheme, found = _rounded(settings, packing), []
     for text, changes in _object(settings, "extra_config").items():
         if not isinstance(changes, Mapping):
             raise settings.error("extra_config", f"{text!r} must be an object")
         own = Fields(f"{settings.source}: extra_config {text!r}", {**settings.values, **changes})
         plain = own.integer("bits", 4) >= 16
         names = [Pattern(text, "name"), Pattern(settings.expression("extra_config", text), "search")]
-        found += [Rule(name, None if plain else _integers(own, packing)) for name in names]
+        found += [Rule(name, None if plain else _rounded(own, packing)) for name in names]
     return [*sorted(found, key=lambda rule: rule.pattern.kind != "name"), Rule(EVERY, scheme)]
+
+
+def _rounded(settings: Fields, packing: Packing) -> Scheme:
+    """What AutoRound's settings, of all layers or of some, say of one."""
+    if settings.text("data_type", "int") != "int":
+        raise settings.error("data_type", "only AutoRound's data_type 'int' is supported")
+    for key in ("rotation_config", "spinquant_config"):
+        if settings.get(key):
+            raise settings.error(key, "is not supported")
+    if (settings.optional_integer("act_bits") or 16) < 16:
+        raise settings.error("act_bits", "quantised activations are not supported in AutoRound's packings")
+    return _integers(settings, packing)
 
 
 def _fp8(settings: Fields) -> list[Rule]:
@@ -102,10 +117,7 @@ def _fp8(settings: Fields) -> list[Rule]:
         raise settings.error("scale_fmt", f"{settings.text('scale_fmt')!r} is not supported; known: float")
     block = settings.sides("weight_block_size")
     # Rows stay as they are, as in transformers where a device multiplies no FP8: what the weights say, exactly.
-    return [Rule(EVERY, Scheme("plain", 8, fp8=True, block=block, per_tensor=block is None, scale_name=_INVERSE))]
-
-
-_INVERSE: Final = "weight_scale_inv"
+    return [Rule(EVERY, Scheme("plain", 8, fp8=True, block=block, per_tensor=block is None, scale_name=INVERSE))]
 
 
 def _table(settings: Fields) -> list[Rule]:
@@ -114,6 +126,9 @@ def _table(settings: Fields) -> list[Rule]:
     kind = settings.text("bnb_4bit_quant_type", "fp4")
     if kind not in ("nf4", "fp4"):
         raise settings.error("bnb_4bit_quant_type", f"{kind!r} is not supported; known: nf4, fp4")
+    storage = settings.text("bnb_4bit_quant_storage", "uint8")
+    if storage != "uint8":
+        raise settings.error("bnb_4bit_quant_storage", f"{storage!r} is not supported; known: uint8")
     return [Rule(EVERY, Scheme("table", 4, BLOCK, table=kind))]
 
 

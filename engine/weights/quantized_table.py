@@ -52,7 +52,7 @@ def _scales(parts: Parts, state: Fields, count: int) -> Tensor:
     codes = parts.take("weight.absmax", (torch.uint8,), (count,))
     table = parts.take("weight.nested_quant_map", (torch.float32,), (256,))
     outer = parts.take("weight.nested_absmax", (torch.float32,), (-(-count // wide),))
-    return table[codes.long()] * outer.repeat_interleave(wide)[:count] + state.number("nested_offset")
+    return table[codes.long()] * outer[torch.arange(count) // wide] + state.number("nested_offset")
 
 
 def _state(parts: Parts, scheme: Scheme) -> Fields:

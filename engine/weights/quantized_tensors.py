@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from engine.weights.quantized import Packing, Scheme
+from engine.weights.quantized import INVERSE, Packing, Scheme
 from engine.weights.quantized_codes import WORD, packed_words, raise_zeros, unpack, unpack_awq
 from engine.weights.quantized_parts import Parts
 from engine.weights.quantized_table import TABLE_SUFFIXES, read_table, table_shape
@@ -20,10 +20,11 @@ from kernels.coded import FP8, CodedWeights, Rounding
 from tandem.errors import ModelFormatError
 
 SCALES: Final = (torch.float16, torch.bfloat16, torch.float32)
+ROW_SCALES: Final = ("input_scale", "activation_scale")
 SUFFIXES: Final = (
     *("qweight", "qzeros", "scales", "g_idx"),
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
-    *("weight_scale_inv", "input_scale", "activation_scale"),
+    *("weight_scale_inv", *ROW_SCALES),
     *TABLE_SUFFIXES,
 )
 """Tensors beside a layer's codes, and the codes where they have a name of their own."""
@@ -49,8 +50,12 @@ def coded_shape(parts: Parts, scheme: Scheme) -> tuple[int, int]:
 
 
 def read_weight(parts: Parts, scheme: Scheme) -> CodedWeights:
-    """The layer's weight. Raises ModelFormatError naming the tensor that is missing or wrong, and what was expected."""
-    return _READERS[scheme.packing](parts, scheme)
+    """The layer's weight. Raises ModelFormatError naming the tensor that is missing, wrong or one too many."""
+    weights = _READERS[scheme.packing](parts, scheme)
+    # Rows of the format fp8 stay as they are: see `quantized_config`.
+    idle = ROW_SCALES if scheme.scale_name == INVERSE else ()
+    parts.refuse_others([suffix for suffix in SUFFIXES if suffix not in idle])
+    return weights
 
 
 def _group(scheme: Scheme, inputs: int) -> tuple[int, int]:
@@ -106,24 +111,36 @@ def _packed(parts: Parts, scheme: Scheme) -> CodedWeights:
 
 def _plain(parts: Parts, scheme: Scheme) -> CodedWeights:
     rows, inputs = coded_shape(parts, scheme)
-    group, groups = _group(scheme, inputs)
     codes = parts.take("weight", (FP8 if scheme.fp8 else torch.int8,)).view(torch.uint8)
     if scheme.block is not None:
-        high, group = scheme.block[0], min(scheme.block[1], inputs)
-        groups = -(-inputs // group)
-        blocks = parts.take(scheme.scale_name, SCALES, (-(-rows // high), groups))
-        scales = blocks.repeat_interleave(high, dim=0)[:rows]
+        scales, group = _block_scales(parts, scheme, rows, inputs)
+        order = None
     else:
+        group, groups = _group(scheme, inputs)
         scales = _row_scales(parts, scheme, rows, groups)
+        order = _order(parts, "weight_g_idx", scheme, inputs, groups)
     if scheme.fp8:
-        weights = CodedWeights(_own(codes), _own(scales), group, fp8=True)
+        weights = CodedWeights(_own(codes), _own(scales), group, fp8=True, order=order)
     else:
-        zeros = None
-        if parts.has("weight_zero_point") or not scheme.symmetric:
-            stored = parts.take("weight_zero_point", (torch.int8,), (rows, groups), (1,))
-            zeros = (stored.view(torch.uint8) ^ 128).expand(rows, groups)
-        weights = _integers(codes ^ 128, scales, zeros, group, 8, None)
+        zeros = _plain_zeros(parts, scheme, scales.shape)
+        weights = _integers(codes ^ 128, scales, zeros, group, 8, order)
     return _with_rounding(weights, parts, scheme)
+
+
+def _block_scales(parts: Parts, scheme: Scheme, rows: int, inputs: int) -> tuple[Tensor, int]:
+    """Scales [rows, groups], and the inputs of a group."""
+    assert scheme.block is not None
+    high, wide = min(scheme.block[0], rows), min(scheme.block[1], inputs)
+    blocks = parts.take(scheme.scale_name, SCALES, (-(-rows // high), -(-inputs // wide)))
+    return blocks.repeat_interleave(high, dim=0)[:rows], wide
+
+
+def _plain_zeros(parts: Parts, scheme: Scheme, shape: torch.Size) -> Tensor | None:
+    """Zeros counted from -128, as codes are; None: all are 0."""
+    if not parts.has("weight_zero_point") and scheme.symmetric:
+        return None
+    stored = parts.take("weight_zero_point", (torch.int8,), tuple(shape), (1,))
+    return (stored.view(torch.uint8) ^ 128).expand(shape)
 
 
 def _row_scales(parts: Parts, scheme: Scheme, rows: int, groups: int) -> Tensor:
@@ -169,7 +186,11 @@ def _with_rounding(weights: CodedWeights, parts: Parts, scheme: Scheme) -> Coded
     activations = scheme.activations
     if activations is None:
         return weights
-    scale = None if activations.dynamic else float(parts.take("input_scale", SCALES, (), (1,)).float())
+    inputs, group = weights.codes.shape[1], activations.group
+    if group is not None and inputs % group:
+        problem = f"rows of {inputs} inputs do not divide into groups of {group}, by which they are to be quantised"
+        raise ModelFormatError(f"{parts.source}: {parts.layer}: {problem}")
+    scale = None if activations.dynamic else parts.number("input_scale", SCALES)
     rounding = Rounding(activations.kind, activations.group, scale)
     return replace(weights, rounding=rounding)
 

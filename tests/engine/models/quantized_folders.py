@@ -117,14 +117,19 @@ def packed(form: Format, coded: Coded) -> Tensors:
         "weight_shape": torch.tensor(coded.codes.shape),
     }
     zeros = {} if form.symmetric else {"weight_zero_point": stream(coded.zeros.T, form.bits).T}
-    return tensors | zeros
+    return tensors | zeros | _weight_order(form, coded)
 
 
 def whole_int8(form: Format, coded: Coded) -> Tensors:
-    return {
+    tensors = {
         "weight": torch.from_numpy((coded.codes - 128).astype(np.int8)),
         "weight_scale": torch.from_numpy(coded.scales).bfloat16(),
     }
+    return tensors | _weight_order(form, coded)
+
+
+def _weight_order(form: Format, coded: Coded) -> Tensors:
+    return {"weight_g_idx": torch.from_numpy(coded.groups).int()} if form.ordered else {}
 
 
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
@@ -167,6 +172,7 @@ FORMATS = {
         _rounds("auto_round:auto_awq", awq_gemm),
         Format("packed-symmetric", compressed("pack-quantized"), packed, symmetric=True),
         Format("packed-zeros", compressed("pack-quantized", symmetric=False), packed),
+        Format("packed-ordered", compressed("pack-quantized", symmetric=False, actorder="group"), packed, ordered=True),
         Format("packed-3", compressed("pack-quantized", num_bits=3), packed, bits=3, symmetric=True),
         Format(
             "packed-8-row",
@@ -175,6 +181,14 @@ FORMATS = {
             bits=8,
             group=None,
             symmetric=True,
+        ),
+        Format(
+            "int8-ordered",
+            compressed("int-quantized", num_bits=8, actorder="group"),
+            whole_int8,
+            bits=8,
+            symmetric=True,
+            ordered=True,
         ),
         Format(
             "int8-row",

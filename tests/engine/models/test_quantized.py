@@ -17,7 +17,6 @@ from row_promise import random_prompts, same_bits
 from engine.config import EngineConfig
 from engine.models.loader import load_model
 from engine.weights import model_id, open_checkpoint
-from kernels.coded import FP8
 from tandem.errors import ModelFormatError
 
 if TYPE_CHECKING:
@@ -49,91 +48,6 @@ def test_int8_is_near(name: str, tmp_path: Path, make_driver: MakeDriver, cpp_ke
     folder = save(tmp_path / "coded", coded, FORMATS[name].config)
     exact, near = (make_driver(folder, compute=compute).run(PROMPTS[:1], 20)[0] for compute in ("exact", "int8"))
     assert float((near - exact).norm() / exact.norm()) < 0.05
-
-
-def fp8_tensors(scales: Callable[[int, int], torch.Tensor], suffix: str) -> tuple[Tensors, Tensors]:
-    """A model whose layers are FP8 with `scales(rows, inputs)`, and the same as plain float32."""
-    coded, plain = both_forms(FORMATS["gptq"])
-    kept = {name: tensor for name, tensor in coded.items() if not name.endswith(("qweight", "qzeros", "scales"))}
-    for name, tensor in list(plain.items()):
-        if "_proj" not in name:
-            continue
-        made = scales(*tensor.shape)
-        high, wide = -(-tensor.shape[0] // made.shape[0]), -(-tensor.shape[1] // made.shape[1])
-        spread = made.float().repeat_interleave(high, 0).repeat_interleave(wide, 1)
-        codes = (tensor / spread).to(FP8)
-        plain[name] = codes.float() * spread
-        kept |= {name: codes, name.removesuffix("weight") + suffix: made}
-    return kept, plain
-
-
-FLOATS = {
-    "tensor": (lambda rows, inputs: torch.full((1, 1), 0.01), {"strategy": "tensor"}),
-    "channel": (lambda rows, inputs: torch.rand(rows, 1) * 0.01 + 0.01, {"strategy": "channel"}),
-    "block": (
-        lambda rows, inputs: torch.rand(rows // 32, inputs // 16) * 0.01 + 0.01,
-        {"strategy": "block", "block_structure": [32, 16]},
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", FLOATS)
-def test_fp8_of_compressed_tensors(kind: str, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
-    scales, strategy = FLOATS[kind]
-    coded, plain = fp8_tensors(scales, "weight_scale")
-    config = compressed("float-quantized", num_bits=8, type="float", group_size=None, **strategy)
-    one = make_driver(save(tmp_path / "coded", coded, config)).run(PROMPTS[:1], 20)[0]
-    assert same_bits(one, make_driver(save(tmp_path / "plain", plain)).run(PROMPTS[:1], 20)[0])
-
-
-@pytest.mark.parametrize("block", [[32, 16], None])
-def test_fp8_with_inverse_scales(
-    block: list[int] | None, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None
-) -> None:
-    scales, _ = FLOATS["tensor" if block is None else "block"]
-    coded, plain = fp8_tensors(scales, "weight_scale_inv")
-    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
-    one = make_driver(save(tmp_path / "coded", coded, config)).run(PROMPTS[:1], 20)[0]
-    assert same_bits(one, make_driver(save(tmp_path / "plain", plain)).run(PROMPTS[:1], 20)[0])
-
-
-def table_tensors(kind: str, nested: bool) -> tuple[Tensors, Tensors]:
-    """A model whose layers are 4-bit codes of a table, and the same as plain float32."""
-    random = torch.Generator().manual_seed(4)
-    coded, plain = both_forms(FORMATS["gptq"])
-    kept = {name: tensor for name, tensor in coded.items() if not name.endswith(("qweight", "qzeros", "scales"))}
-    table = torch.rand(16, generator=random) * 2 - 1
-    for name, tensor in list(plain.items()):
-        if "_proj" not in name:
-            continue
-        rows, inputs = tensor.shape
-        codes = torch.randint(0, 16, (rows, inputs), generator=random, dtype=torch.uint8)
-        state = {"quant_type": kind, "blocksize": 32, "shape": [rows, inputs]}
-        scales = torch.rand(rows * inputs // 32, generator=random) * 0.2
-        if nested:
-            state |= {"nested_blocksize": 16, "nested_offset": 0.125}
-            steps, outer = torch.rand(256, generator=random), torch.rand(-(-len(scales) // 16), generator=random) * 0.1
-            places = torch.randint(0, 256, scales.shape, generator=random, dtype=torch.uint8)
-            scales = steps[places.long()] * outer.repeat_interleave(16)[: len(scales)] + 0.125
-            kept |= {f"{name}.nested_quant_map": steps, f"{name}.nested_absmax": outer}
-        plain[name] = table[codes.long()] * scales.view(rows, -1).repeat_interleave(32, 1)
-        pairs = codes.view(-1, 2)
-        kept[name] = (pairs[:, 0] << 4 | pairs[:, 1])[:, None]
-        kept[f"{name}.absmax"], kept[f"{name}.quant_map"] = places if nested else scales, table.clone()
-        encoded = list(json.dumps(state).encode())
-        kept[f"{name}.quant_state.bitsandbytes__{kind}"] = torch.tensor(encoded, dtype=torch.uint8)
-    return kept, plain
-
-
-@pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("fp4", False)])
-def test_codes_of_a_table(kind: str, nested: bool, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
-    coded, plain = table_tensors(kind, nested)
-    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
-    folder = save(tmp_path / "coded", coded, config)
-    one = make_driver(folder).run(PROMPTS[:1], 20)[0]
-    assert same_bits(one, make_driver(save(tmp_path / "plain", plain)).run(PROMPTS[:1], 20)[0])
-    near = make_driver(folder, compute="int8").run(PROMPTS[:1], 20)[0]
-    assert float((near - one).norm() / one.norm()) < 0.05
 
 
 def test_layers_may_be_of_several_groups_and_ignored(
@@ -283,10 +197,20 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin' is not supported; known: gptq"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"(": {}}}, r"'\(' is no regular expression"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "'gemv_fast' is not supported; known: gemm, gemv"),
+        ({"quant_method": "awq", "bits": 4, "backend": "llm-awq"}, "backend: 'llm-awq' is not supported"),
         ({"quant_method": "awq", "bits": 8}, "bits: 8 is not supported; AWQ has 4"),
         ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:fp8"}, "'auto_round:fp8' is not"),
         ({"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}, "data_type 'int'"),
+        ({"quant_method": "auto-round", "bits": 4, "spinquant_config": {"r3": True}}, "spinquant_config: is not"),
+        (
+            {"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 8, "act_bits": 8}}},
+            "extra_config 'lm_head': act_bits: quantised activations are not",
+        ),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_4bit: must be true: bitsandbytes' 8 bits"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+            "bnb_4bit_quant_storage: 'bfloat16' is not supported; known: uint8",
+        ),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt: 'e5m2' is not supported; known: e4m3"),
         ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "scale_fmt: 'ue8m0' is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "must be two integers over 0"),
@@ -296,10 +220,13 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
             "kv_cache_scheme: is supported as static, symmetric float",
         ),
         (compressed("pack-quantized") | {"kv_cache_scheme": KV_SCHEME | {"dynamic": True}}, "kv_cache_scheme: is supp"),
+        (compressed("pack-quantized") | {"quantization_status": "calibration"}, "must be compressed or frozen, not"),
         (compressed("pack-quantized") | {"config_groups": {}}, "config_groups: must be an object that is not empty"),
         (compressed("pack-quantized") | {"ignore": ["re:("]}, "is no regular expression"),
         (compressed("pack-quantized", num_bits=5), "int 5 is not supported; known: int 2, 3, 4, 8, float 8"),
         (compressed("float-quantized", num_bits=4, type="float"), "float 4 is not supported"),
+        (compressed("float-quantized", num_bits=8, type="float", symmetric=False), "symmetric: must be true with type"),
+        (compressed("pack-quantized") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "but for format 'dense'"),
         (compressed("pack-quantized", strategy="tensor_group"), "strategy: 'tensor_group' is not supported"),
         (
             changed(compressed("int-quantized"), input_activations={"strategy": "tensor", "dynamic": True}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from quantized_folders import FORMATS, both_forms, save
 from row_promise import random_prompts
+from safetensors.torch import load_file
 
 from engine import quantizing
 from engine.describing import describe
@@ -106,6 +108,21 @@ def test_refusals(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ModelFormatError, match="truncated"):
         quantize_folder(source, tmp_path / "again", "int8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
+
+
+def test_what_can_t_be_rounded_is_named(source: Path, tmp_path: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for wrong in (math.nan, -math.inf):
+        broken = {**tensors, name: tensors[name].clone()}
+        broken[name][3, 5] = wrong
+        save(tmp_path / "broken", broken)
+        with pytest.raises(ModelFormatError, match=f"tensor {name} holds numbers that are not finite"):
+            quantize_folder(tmp_path / "broken", tmp_path / "out", "int8")
+    save(tmp_path / "broken", {**tensors, "more": torch.ones(3).double()})
+    with pytest.raises(ModelFormatError, match="tensor more has type F64; supported: F32"):
+        quantize_folder(tmp_path / "broken", tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_fails_leaves_nothing(source: Path, tmp_path: Path) -> None:
