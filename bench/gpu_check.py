@@ -2,6 +2,7 @@
 
 Needs torch with a GPU and its triton, and nothing else: no installed package. First every kernel beside its reference
 in bfloat16 and float16, then the main ones beside their floors, then whole steps of an 8B model with random weights.
+Attention by FlashInfer and FlashAttention is taken beside Triton's where they are installed; a line says which are.
 Ends with status 1 when one differs or fails.
 """
 
@@ -19,6 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # triton reads it when it is imported
 import torch
 import triton
 
+from bench.gpu_attention import installed, remarks
 from bench.gpu_parity import checks
 from bench.gpu_speed import cases, measure_rates
 
@@ -40,6 +42,8 @@ def main() -> int:
         print("error: torch sees no GPU; what runs without one is in tests/kernels/triton", file=sys.stderr)
         return 2
     _say(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
+    for line in remarks():
+        _say(**line)
     failed = 0 if given.skip_parity else _parity(given.only)
     failed += 0 if given.skip_speed else _speed(given.only)
     failed += 0 if given.skip_steps or given.only else _steps()
@@ -81,8 +85,9 @@ def _steps() -> int:
     """Whole steps of Llama 3 8B, each way in a process of its own: the memory of both would not fit."""
     failed = 0
     torch.cuda.empty_cache()
-    for way in ("--graphs", "--no-graphs"):
-        command = [sys.executable, "-m", "bench.offline", *STEPS, way]
+    flashinfer = [["--graphs", "--attention", one.name] for one in installed() if one.name == "flashinfer"]
+    for way in (["--graphs", "--attention", "triton"], ["--no-graphs", "--attention", "triton"], *flashinfer):
+        command = [sys.executable, "-m", "bench.offline", *STEPS, *way]
         failed += subprocess.run(command, check=False, timeout=STEPS_SECONDS).returncode != 0
     return failed
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.gpu_attention import by, others
 from bench.gpu_inputs import KV_DTYPES, make_draws, make_step
 from kernels.sampling import draw_reference
 from kernels.triton.activation import KINDS, gated, gated_reference
@@ -71,6 +72,10 @@ def _attention(dtype: torch.dtype, device: str) -> Iterator[Check]:
                 name = f"{label} {form}{extra}"
                 yield Check(f"decode attention {name}", lambda s=decode: (s.decode(), s.expected()), 2e-2)  # type: ignore[misc]
                 yield Check(f"prefill attention {name}", lambda s=mixed: (s.prefill(), s.expected()), 2e-2)  # type: ignore[misc]
+                for kind, step in (("decode", decode), ("prefill", mixed)):
+                    for other in others(step):
+                        run = partial(lambda o, s: (by(o, s)(), s.expected()), other, step)
+                        yield Check(f"{kind} attention {name} by {other.name}", run, 2e-2)
 
 
 def _small(dtype: torch.dtype, device: str) -> Iterator[Check]:

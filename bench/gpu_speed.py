@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from bench.gpu_attention import by, others
 from bench.gpu_inputs import make_draws, make_step
 from kernels.triton.activation import gated
 from kernels.triton.blocks import gather_blocks
@@ -87,12 +88,18 @@ def _attention(device: str) -> Iterator[Case]:
     for form in ("half", "fp8", "int8"):
         for sequences, context in ((1, 32768), (64, 4096), (256, 1024)):
             step = make_step([1] * sequences, [context] * sequences, DTYPE, device, form=form)
-            yield Case(f"decode attention, {sequences} x {context}, KV {form}", step.decode, step.kv_bytes)
+            name = f"decode attention, {sequences} x {context}, KV {form}"
+            yield Case(name, step.decode, step.kv_bytes)
+            for other in others(step):
+                yield Case(f"{name}, {other.name}", by(other, step), step.kv_bytes)
     for counts, contexts in (([4096], [4096]), ([512] * 4, [8192] * 4), ([8192], [8192])):
         step = make_step(counts, contexts, DTYPE, device)
         pairs = sum(n * (context - n / 2) for n, context in zip(counts, contexts, strict=True))
         name = f"prefill attention, {len(counts)} x {counts[0]} queries of {contexts[0]}"
-        yield Case(name, step.prefill, step.kv_bytes, 4 * pairs * step.q.shape[1] * step.q.shape[2])
+        work = (step.kv_bytes, 4 * pairs * step.q.shape[1] * step.q.shape[2])
+        yield Case(name, step.prefill, *work)
+        for other in others(step):
+            yield Case(f"{name}, {other.name}", by(other, step), *work)
 
 
 def _memory(device: str) -> Iterator[Case]:

@@ -65,6 +65,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--max-context", type=int, default=None, help="longest sequence; default: the model's")
+    parser.add_argument(
+        "--attention", default="auto", help="GPU: flashinfer, flash-attn-3, flash-attn-2, triton or torch"
+    )
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="GPU: captured steps")
     parser.add_argument(
         "--stdin", action="store_true", help="measure what is named line by line; --points: what may come"
@@ -74,7 +77,7 @@ def main() -> None:
     points = parse_points(arguments.points)
     settings = {
         name: getattr(arguments, name)
-        for name in ("device", "compute", "dtype", "kv_dtype", "threads", "max_context", "graphs")
+        for name in ("device", "compute", "dtype", "kv_dtype", "threads", "max_context", "graphs", "attention")
     }
     if arguments.device == "cuda":
         settings["max_sequences"] = max(point.sequences for point in points)

@@ -42,6 +42,8 @@ KV_DTYPE_BYTES: Final[Mapping[str, int]] = {**DTYPE_BYTES, "int8": 1, "float8_e4
 KV_QUANTIZED: Final = ("int8", "float8_e4m3")
 SCALE_BYTES: Final = 4
 BLOCK_SIZES: Final = (1, 256)
+ATTENTIONS: Final = ("auto", "flashinfer", "flash-attn-3", "flash-attn-2", "triton", "torch")
+"""Of a GPU (`kernels.attentions`, which says what can be had)."""
 
 CGROUP_LIMITS: Final = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """A container's memory limit as it sees it, in bytes: cgroup version 2, and 1."""
@@ -166,6 +168,8 @@ class EngineConfig:
     """One copy of the packed weights for this user's processes on this machine (compute int8, Linux)."""
     graphs: bool = True
     """Capture decode steps as graphs, where the device can."""
+    attention: str = "auto"
+    """On a GPU: one of ATTENTIONS, by which nothing starts if it can't be had; "auto": the best that can."""
 
     def context_limit(self, model: ModelConfig) -> int:
         """The longest sequence in tokens that this engine serves of `model`."""
@@ -240,6 +244,7 @@ def resolve_engine_config(
         max_context=_optional_integer(settings, "max_context", 1, 1 << 24),
         share_weights=_boolean(settings, "share_weights", True),
         graphs=_boolean(settings, "graphs", True),
+        attention=_resolve_attention(settings, gpu),
     )
     return replace(config, num_blocks=_resolve_num_blocks(settings, config, model_config))
 
@@ -282,6 +287,13 @@ def _resolve_kv_dtype(settings: Settings, compute: Compute, dtype: Dtype, gpu: b
     aliases = {**DTYPE_ALIASES, "float8_e4m3": "fp8_e4m3", "fp8": "fp8_e4m3"}
     automatic: KvDtype = "float32" if compute == "exact" else "bfloat16"
     return KV_DTYPE_NAMES.get(_choice(settings, "kv_dtype", KV_DTYPES, aliases), automatic)
+
+
+def _resolve_attention(settings: Settings, gpu: bool) -> str:
+    chosen = _choice(settings, "attention", ATTENTIONS)
+    if chosen != "auto" and not gpu:
+        raise ConfigError(f"attention: {chosen} is for GPUs; on a CPU leave attention auto")
+    return chosen
 
 
 def _resolve_num_blocks(settings: Settings, config: EngineConfig, model: ModelConfig | None) -> int:

@@ -154,7 +154,7 @@ def load_on_device(
     `buffer_factory` it is that memory, and what steps write goes there.
     """
     config = checkpoint.config
-    backend = for_device(attention_shape(config, engine_config), device.torch)
+    backend = for_device(attention_shape(config, engine_config), device.torch, engine_config.attention)
     model = load_device_model(checkpoint, engine_config, backend, device.torch, progress)
     most = int(machine_memory() * MIRROR_SHARE) if transfers else None
     if engine_config.num_blocks == BY_FREE_MEMORY:
@@ -164,7 +164,7 @@ def load_on_device(
     buffer = buffer_factory(engine_config.num_blocks, block_bytes) if buffer_factory is not None else None
     kv_cache = DeviceKVCache(config, engine_config, device.torch, buffer)
     steps = DeviceSteps(model, kv_cache, engine_config, device, capture_progress, mirrored=mirrored)
-    numerics = f"{backend.operations.numerics}-{backend.attention.name}"
+    numerics = f"{backend.operations.numerics}-{backend.attention.numerics}"
     return Engine(
         model_config=config,
         engine_config=engine_config,

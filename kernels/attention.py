@@ -155,8 +155,12 @@ def paged_attention_reference(
     scale: float,
     sliding_window: int | None = None,
     kv_scales: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
-    """Do what `paged_attention` does, by torch: gathers each sequence's keys and values. Computes in the dtype of q."""
+    """Do what `paged_attention` does, by torch: gathers each sequence's keys and values. Computes in the dtype of q.
+
+    `soft_cap` c, which GPUs alone have: scores become c * tanh(score / c).
+    """
     out = torch.empty_like(q)
     starts = query_starts.tolist()
     block_size = kv_layer.shape[3]
@@ -178,6 +182,8 @@ def paged_attention_reference(
             hidden |= positions[None] <= query_positions[:, None] - sliding_window
         group = q.shape[1] // keys.shape[1]
         scores = torch.einsum("qhd,khd->hqk", q[begin:end], keys.repeat_interleave(group, 1)) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         out[begin:end] = torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1))
     return out

@@ -5,7 +5,7 @@ each and never asks again:
 
     device  operations           attention
     cpu     cpp, torch           cpp, torch (`kernels.dispatch` decides between them)
-    cuda    triton, torch        triton, torch; others register themselves in ATTENTIONS
+    cuda    triton, torch        `kernels.attentions.ATTENTIONS`
 
 TANDEM_GPU_KERNELS and TANDEM_ATTENTION name one; without them the first of the list is taken that is there. "cuda" is
 whatever torch calls so: AMD's chips too.
@@ -79,6 +79,13 @@ class AttentionShape:
     max_context: int
     windows: tuple[int | None, ...] = ()
     """The sliding window of each layer."""
+    soft_cap: float | None = None
+    """c: scores become c * tanh(score / c)."""
+
+    @property
+    def scale(self) -> float:
+        """Of all scores."""
+        return float(self.head_dim**-0.5)
 
 
 class Attention(Protocol):
@@ -86,7 +93,11 @@ class Attention(Protocol):
 
     @property
     def name(self) -> str:
-        """As in TANDEM_ATTENTION and `tandem doctor`."""
+        """As in --attention, TANDEM_ATTENTION and `tandem doctor`."""
+
+    @property
+    def numerics(self) -> str:
+        """What decides result bits, for numerics ids."""
 
     @property
     def capturable(self) -> bool:
@@ -198,12 +209,12 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One entry of the lists below: where it is, and whether it can be had."""
+    """One entry of the list below: where it is, and whether it can be had."""
 
     name: str
     module: str
     make: str
-    """A callable of `module`: of nothing for operations, of AttentionShape and torch.device for attention."""
+    """A callable of `module`, of nothing."""
     needs: Callable[[], str | None]
     """None when it can be used here, else why not."""
 
@@ -226,11 +237,7 @@ OPERATIONS: Final[list[Choice]] = [
     Choice("triton", "kernels.triton.operations", "TritonOperations", _triton_missing),
     Choice("torch", "kernels.torch_operations", "TorchOperations", _never),
 ]
-ATTENTIONS: Final[list[Choice]] = [
-    Choice("triton", "kernels.triton.operations", "TritonAttention", _triton_missing),
-    Choice("torch", "kernels.torch_operations", "TorchAttention", _never),
-]
-"""Best first. A backend that needs a package says so in `needs`, with versions."""
+"""Best first."""
 
 
 def for_cpu() -> Backend:
@@ -240,11 +247,15 @@ def for_cpu() -> Backend:
     return Backend(CpuOperations(), CpuAttention())
 
 
-def for_device(shape: AttentionShape, device: torch.device) -> Backend:
-    """Those of a GPU, as TANDEM_GPU_KERNELS and TANDEM_ATTENTION say. Raises ConfigError for what can't be had."""
+def for_device(shape: AttentionShape, device: torch.device, attention: str = "auto") -> Backend:
+    """Those of a GPU: operations as TANDEM_GPU_KERNELS says, attention as `kernels.attentions.attention_for` finds it.
+
+    Raises ConfigError for what can't be had.
+    """
+    from kernels.attentions import attention_for
+
     operations = choose("TANDEM_GPU_KERNELS", OPERATIONS)
-    attention = choose("TANDEM_ATTENTION", ATTENTIONS)
-    return Backend(operations.load()(), attention.load()(shape, device))
+    return Backend(operations.load()(), attention_for(shape, device, attention))
 
 
 def choose(variable: str, choices: Sequence[Choice]) -> Choice:
@@ -270,11 +281,10 @@ def gpu_name() -> str | None:
 
 def describe() -> dict[str, object]:
     """What `tandem doctor` prints of the GPU path; only where torch sees a GPU."""
+    from kernels.attentions import describe_attentions
+
     name = gpu_name()
     if name is None:
         return {}
-    return {
-        "gpu": name,
-        "gpu_operations": choose("TANDEM_GPU_KERNELS", OPERATIONS).name,
-        "gpu_attention": choose("TANDEM_ATTENTION", ATTENTIONS).name,
-    }
+    operations = choose("TANDEM_GPU_KERNELS", OPERATIONS).name
+    return {"gpu": name, "gpu_operations": operations, **describe_attentions()}

@@ -57,6 +57,11 @@ class CpuAttention:
         """cpp or torch."""
         return dispatch.select().name
 
+    @property
+    def numerics(self) -> str:
+        """See `kernels.dispatch.Implementation`."""
+        return dispatch.select().numerics
+
     def plan(self, step: HostStep) -> None:
         """Nothing to do."""
 

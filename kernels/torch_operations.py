@@ -98,11 +98,12 @@ def draw_on_cpu(logits: Tensor, draws: Sequence[Draw]) -> DrawResults:
 class TorchAttention:
     """Gathers each sequence's keys and values."""
 
-    name = "torch"
+    name = numerics = "torch"
     capturable = False
 
     def __init__(self, shape: AttentionShape, device: torch.device) -> None:
         """Any shape on any device."""
+        self._soft_cap = shape.soft_cap
 
     def plan(self, step: HostStep) -> None:
         """Nothing to do."""
@@ -118,4 +119,5 @@ class TorchAttention:
     ) -> Tensor:
         """In float32."""
         step = (meta.block_tables, meta.query_starts, meta.context_lens)
-        return paged_attention_reference(q.float(), kv_layer, *step, scale, window, kv_scales).to(q.dtype)
+        cap = self._soft_cap
+        return paged_attention_reference(q.float(), kv_layer, *step, scale, window, kv_scales, cap).to(q.dtype)

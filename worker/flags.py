@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         )
         add("--max-context", type=int, metavar="TOKENS", help="longest sequence; default: the model's")
         add("--no-graphs", action="store_true", help="capture no decode steps as graphs on a GPU")
+        add(
+            "--attention",
+            default="auto",
+            help="on a GPU: auto (the best that is there), flashinfer, flash-attn-3, flash-attn-2, triton or torch",
+        )
         add("--block-size", type=int, metavar="TOKENS", help="tokens a KV block")
         add("--num-blocks", type=int, metavar="N", help="KV blocks; or --kv-memory")
         add("--kv-memory", type=int, metavar="BYTES", help="memory of the KV cache")
@@ -109,6 +114,7 @@ def _engine(values: argparse.Namespace) -> dict[str, object]:
         "share_weights": not values.no_share_weights,
         "max_context": values.max_context,
         "graphs": not values.no_graphs,
+        "attention": values.attention,
         "threads": values.threads,
     }
 

@@ -93,11 +93,12 @@ def independent(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]
 class TritonAttention:
     """Split-KV decode for steps of one row a sequence, chunked prefill for the others. Nothing is planned."""
 
-    name = "triton"
+    name = numerics = "triton"
     capturable = True
 
     def __init__(self, shape: AttentionShape, device: torch.device) -> None:
         """Any shape that the kernels take."""
+        self._soft_cap = shape.soft_cap
 
     def plan(self, step: HostStep) -> None:
         """Nothing to do."""
@@ -115,9 +116,11 @@ class TritonAttention:
         step = (q, kv_layer, meta.block_tables)
         if meta.host is None:
             raise InternalError("attention on a GPU needs the step's lengths on the host")
+        cap, longest = self._soft_cap, meta.host.max_context
         if meta.host.one_each:
-            longest = meta.host.max_context
             decoding = (*step, meta.context_lens, scale)
-            return paged_decode(*decoding, max_context=longest, sliding_window=window, kv_scales=kv_scales)
+            return paged_decode(
+                *decoding, max_context=longest, sliding_window=window, soft_cap=cap, kv_scales=kv_scales
+            )
         chunks = (*step, meta.query_starts, meta.context_lens, scale)
-        return paged_prefill(*chunks, sliding_window=window, kv_scales=kv_scales)
+        return paged_prefill(*chunks, sliding_window=window, soft_cap=cap, kv_scales=kv_scales)

@@ -138,6 +138,7 @@ def _use(kernels: dict[str, Any], transfer: dict[str, Any]) -> dict[str, Any]:
             "device": f"cuda ({kernels['gpu']})",
             "kernels": kernels.get("gpu_operations"),
             "attention": kernels.get("gpu_attention"),
+            **_refused(kernels.get("gpu_attention_refused") or {}),
             "compute": "native",
             "exact_promise": "does not hold",
             "transport": (transfer.get("transports") or [None])[0],
@@ -149,6 +150,11 @@ def _use(kernels: dict[str, Any], transfer: dict[str, Any]) -> dict[str, Any]:
         "exact_promise": "holds" if kernels.get("row_invariant") else "does not hold",
         "transport": (transfer.get("transports") or [None])[0],
     }
+
+
+def _refused(reasons: dict[str, str]) -> dict[str, str]:
+    """A line about the kinds of attention that can't be had."""
+    return {"attention_not": ", ".join(f"{name}: {reason}" for name, reason in reasons.items())} if reasons else {}
 
 
 def _show(found: dict[str, Any]) -> None:

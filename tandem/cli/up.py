@@ -149,6 +149,11 @@ from tandem.supervisor.supervisor import Supervisor
     help="Capture no decode steps as graphs on a GPU.",
 )
 @click.option(
+    "--attention",
+    type=click.Choice(["auto", "flashinfer", "flash-attn-3", "flash-attn-2", "triton", "torch"]),
+    help="Attention on a GPU; one that is named is had, or nothing starts.  [default: the best that is there]",
+)
+@click.option(
     "--local-prefill-threshold",
     type=int,
     metavar="TOKENS",

@@ -64,6 +64,7 @@ class UpSettings:
     share_weights: bool = True
     max_context: int | None = None
     graphs: bool = True
+    attention: str | None = None
     drain_grace: float = 10.0
     speculation: str | None = None
     speculation_tokens: int | None = None
@@ -129,6 +130,7 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--chunk-size": settings.chunk_size,
         "--max-sequences": settings.max_sequences,
         "--max-context": settings.max_context,
+        "--attention": settings.attention,
         "--transport": settings.transport,
         "--threads": settings.threads,
         "--drain-grace": settings.drain_grace,

@@ -19,6 +19,8 @@ def test_defaults_and_values() -> None:
     assert flags.engine["prefix_cache"] is False
     assert flags.engine["share_weights"] is True
     assert parse_flags(["--model", "m", "--no-share-weights"]).engine["share_weights"] is False
+    assert flags.engine["attention"] == "auto"
+    assert parse_flags(["--model", "m", "--attention", "flashinfer"]).engine["attention"] == "flashinfer"
     assert flags.convert_kv_dtype is False
     assert parse_flags(["--model", "m", "--convert-kv-dtype"]).convert_kv_dtype is True
     assert flags.listen == "127.0.0.1:0"

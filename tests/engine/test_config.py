@@ -93,7 +93,7 @@ def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"colour": "red"}, "unknown setting 'colour'; known: block_size, compute"),
+        ({"colour": "red"}, "unknown setting 'colour'; known: attention, block_size, compute"),
         ({"model": ""}, "model: must be the path"),
         ({"compute": "int4"}, "compute: 'int4' is not one of auto, exact, bf16, int8"),
         ({"compute": "int8", "dtype": "float32"}, "dtype: compute int8 holds weights in 4 or 8 bits"),
@@ -109,6 +109,8 @@ def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Monkey
         ),
         ({"dtype": "float16"}, "dtype: 'float16' is not one of auto, float32, bfloat16"),
         ({"graphs": "yes"}, "graphs: 'yes' is not true or false"),
+        ({"device": "cuda", "attention": "flash"}, "attention: 'flash' is not one of auto, flashinfer, flash-attn-3"),
+        ({"attention": "flashinfer"}, "attention: flashinfer is for GPUs; on a CPU leave attention auto"),
         ({"block_size": 0}, "block_size: 0 is not an integer between 1 and 256"),
         ({"block_size": True}, "block_size: True is not an integer"),
         ({"max_step_tokens": "many"}, "max_step_tokens: 'many' is not an integer"),

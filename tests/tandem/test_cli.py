@@ -337,12 +337,16 @@ def test_doctor_says_what_will_be_used(fast: bool, monkeypatch: pytest.MonkeyPat
 
 def test_doctor_says_that_a_gpu_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernels that were chosen for it."""
-    kernels = {"implementation": "cpp", "gpu": "H200", "gpu_operations": "triton", "gpu_attention": "triton"}
+    refused = {"flashinfer": "not installed", "flash-attn-2": "flash-attn 2.3 is installed"}
+    gpu = {"gpu_operations": "triton", "gpu_attention": "triton", "gpu_attention_refused": refused}
+    kernels = {"implementation": "cpp", "gpu": "H200", **gpu}
     monkeypatch.setattr(doctor, "_probe", lambda module, problems: kernels if module == "kernels" else {})
     used = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)["use"]
     assert used["device"] == "cuda (H200)"
     assert (used["kernels"], used["attention"], used["compute"]) == ("triton", "triton", "native")
     assert used["exact_promise"] == "does not hold"
+    text = CliRunner().invoke(cli, ["doctor"]).output
+    assert "attention not flashinfer: not installed, flash-attn-2: flash-attn 2.3 is installed" in text
 
 
 def test_doctor_for_real() -> None:

@@ -156,7 +156,7 @@ async def test_flags_reach_the_workers(up: Up, fake_services: Path) -> None:
     """Only flags that were given are passed, so that a worker's defaults hold."""
     sizes = {"block_size": 32, "prefill_block_size": 16, "kv_dtype": "int8", "prefill_kv_dtype": "bf16"}
     off = {"prefix_cache": False, "share_weights": False, "graphs": False}
-    supervisor = up(compute="exact", device="cpu", max_context=99, **sizes, **off)
+    supervisor = up(compute="exact", device="cpu", max_context=99, attention="auto", **sizes, **off)
     await supervisor.start()
     (decode,) = events(fake_services, event="start", role="decode")
     flags = decode["argv"]
@@ -167,6 +167,7 @@ async def test_flags_reach_the_workers(up: Up, fake_services: Path) -> None:
     assert switches <= set(flags)
     assert flags[flags.index("--device") + 1] == "cpu"
     assert flags[flags.index("--max-context") + 1] == "99"
+    assert flags[flags.index("--attention") + 1] == "auto"
     assert "--num-blocks" not in flags
     (prefill,) = events(fake_services, event="start", role="prefill")
     assert prefill["argv"][prefill["argv"].index("--block-size") + 1] == "16"
