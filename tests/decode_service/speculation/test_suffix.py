@@ -180,6 +180,35 @@ def test_memory_stays_within_its_bound(outputs: list[tuple[str, list[int]]], ste
     assert past.texts > 0 or not any(len(output) > MIN_MATCH for _, output in outputs)
 
 
+def test_memory_stays_within_its_bound_where_outputs_come_faster_than_they_are_learned() -> None:
+    """What waits too long is dropped, but never a text that is in the tree in part."""
+    past = PastOutputs(max_bytes=800 * (NODE_BYTES + 4))
+    for number in range(200):
+        past.learn("ab"[number % 2], [1000 * number + place for place in range(90)])
+        past.work(40)
+        assert past.tree.nodes <= past.max_nodes
+        assert past.nbytes <= 1.1 * past.max_nodes * (NODE_BYTES + 4)
+    past.work(ALL)
+    past.tree.check()
+    assert past.following("b", [1000 * 199 + 10, 1000 * 199 + 11], 1)[0] == [1000 * 199 + 12]
+
+
+def test_forgetting_takes_a_few_places_at_a_time_too() -> None:
+    """Equal outputs have few nodes and many tokens: to make room for one more, a whole one has to go."""
+    past = PastOutputs(max_bytes=1000 * (NODE_BYTES + 4))
+    output = list(range(120))
+    for _ in range(8):
+        past.learn("", output)
+        past.work(ALL)
+    oldest = past._texts[0]
+    past.learn("", output)
+    past.work(5)
+    assert oldest.removed == 5
+    past.work(ALL)
+    assert past._texts[0] is not oldest
+    assert past.following("", [7, 8], 2)[0] == [9, 10]
+
+
 def test_a_node_takes_no_more_than_is_counted_for_it() -> None:
     """Text without a repetition, the worst case for rows; and again after everything was forgotten once."""
     budget = 20_000 * (NODE_BYTES + 4)
