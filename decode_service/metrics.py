@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from prometheus_client import Counter
 
@@ -11,6 +12,9 @@ from decode_service.scheduler import Scheduler
 from decode_service.speculation.counts import Counts
 from tandem.service.metrics import Metrics
 from worker import metrics
+
+TOLD_EVERY: Final = 64
+"""Steps after which figures of drafts are told although none was verified."""
 
 
 class DraftMetrics:
@@ -58,7 +62,7 @@ class StepMetrics(metrics.StepMetrics):
         """`metrics` is the process's own."""
         super().__init__(metrics)
         self._drafts = DraftMetrics(metrics)
-        self._drafted_before = 0
+        self._drafted_before = self._told_at = 0
 
     def watch_leases(self, held: Callable[[], int], orphaned: Callable[[], int]) -> None:
         """Both are asked at each scrape, on its thread."""
@@ -80,6 +84,7 @@ class StepMetrics(metrics.StepMetrics):
         self.count(counters, own)
         counts = scheduler.speculator.counts
         drafted = sum(each.draft_tokens for each in counts.values())
-        if drafted != self._drafted_before:
-            self._drafted_before = drafted
+        # The time of asking passes where nothing is verified too; to say so at each step would cost some itself.
+        if drafted != self._drafted_before or scheduler.steps - self._told_at >= TOLD_EVERY:
+            self._drafted_before, self._told_at = drafted, scheduler.steps
             self.add(self._drafts.changes(counts))

@@ -21,6 +21,8 @@ PROBE_STEPS: Final = 128
 PROBE_TOKENS: Final = 3
 CATCH_UP_STEPS: Final = 8
 """Steps after a probe that brought nothing, since the proposer has to catch up with the output, to the next."""
+LONGEST_BREAK: Final = 10
+"""A proposer that fails is left alone for a step, after the next failure for two, at last for 2 ** this."""
 
 
 @dataclass(slots=True)
@@ -57,9 +59,16 @@ class Asker:
         """Seconds of one token more for every output that is asked for; 0 until measured."""
         self._idle = 0
         self._probing = False
+        self._failures = 0
+        """In a row."""
+        self._break = 0
+        """Steps in which it isn't asked, since it failed."""
 
     def candidates(self, asks: Sequence[tuple[int, Ask]], outputs: int, cost: Cost) -> list[Candidate]:
         """Drafts for `asks`, each with its place."""
+        if self._break:
+            self._break -= 1
+            return []
         if not self._always:
             asks = self._worth(asks, outputs, cost)
         if not asks:
@@ -94,8 +103,11 @@ class Asker:
         began = time.perf_counter()
         try:
             drafts = self.proposer.propose(asks)
+            self._failures = 0
         except Exception as exc:  # drafts are a hint: without them the step goes on
-            _log.error("a proposer failed", proposer=self.proposer.name, exc_info=exc)
+            self._break = 1 << min(self._failures, LONGEST_BREAK)
+            self._failures += 1
+            _log.error("a proposer failed", proposer=self.proposer.name, steps_without=self._break, exc_info=exc)
             drafts = [NOTHING] * len(asks)
         seconds = time.perf_counter() - began
         self.counts.seconds += seconds

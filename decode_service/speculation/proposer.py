@@ -73,8 +73,8 @@ class Proposer(Protocol):
     measured even while no draft is verified."""
 
     def propose(self, asks: Sequence[Ask]) -> Sequence[Draft]:
-        """A draft for each of `asks`, in order. Never raises for what a request says; an error turns drafts off for
-        this step and is logged."""
+        """A draft for each of `asks`, in order. Never raises for what a request says; an error is
+        logged, and the proposer is left alone for a while, the longer the more often it fails in a row."""
         ...
 
     def observe(self, key: OutputKey, tokens: Sequence[int], accepted: int) -> None:

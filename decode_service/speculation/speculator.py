@@ -166,7 +166,7 @@ class Speculator:
         rejected, self._rejected = self._rejected, {}
         if outputs and not others:
             self.costs.measured(outputs, outputs + drafts, seconds)
-        if not rejected:
+        if not rejected or not drafts:  # without drafts: what is left of a step whose figures were never taken in
             return
         before, after = (self.costs.seconds(outputs, outputs + others + more) for more in (0, drafts))
         for name, count in rejected.items():

@@ -135,6 +135,40 @@ def test_the_better_draft_wins_and_a_request_may_name_one() -> None:
     assert spec.limit(Speculation("nobody")) == 0
 
 
+def test_a_proposer_that_fails_is_left_alone_ever_longer_until_it_is_well() -> None:
+    """What it costs to fail, and to say so, is not paid at every step."""
+
+    class Failing(Steady):
+        ill = True
+
+        def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+            drafts = super().propose(asks)
+            if self.ill:
+                raise RuntimeError("out of memory")
+            return drafts
+
+    proposer = Failing()
+    spec = speculator(proposer)
+    asked = []
+    for at in range(40):
+        before = len(proposer.asked)
+        step(spec, 0.02)
+        asked += [at] if len(proposer.asked) > before else []
+    assert asked == [0, 2, 5, 10, 19, 36]
+    proposer.ill = False
+    assert [step(spec, 0.02) > 0 for _ in range(40)].count(True) > 5
+
+
+def test_a_step_whose_figures_were_lost_leaves_nothing_behind() -> None:
+    """An error between its tokens and its time: the next step may have no drafts."""
+    spec = speculator(Steady(right=0))
+    spec.drafts([Want(Ask(KEY, [5], [1], 2, SamplingParams()), Speculation())] if spec.wants(KEY) else [], 1, 1)
+    spec.saw(KEY, [1], [2, 2])
+    spec.timed(1, 0, 0, 1.0)
+    spec.timed(1, 2, 0, 1.1)
+    assert spec.counts["steady"].lost_seconds == 0
+
+
 def test_flags_name_proposers() -> None:
     ngram, suffix = speculation("auto", 4).proposers
     assert isinstance(ngram, NgramProposer)
