@@ -14,8 +14,8 @@ RECEIVING_SHARE = 0.3
 class SchedulerConfig(EngineLimits):
     """Limits of one decode scheduler.
 
-    `max_step_tokens` bounds local prefill in a step in which nobody decodes; `max_sequences` counts the outputs aboard,
-    all requests together.
+    `max_step_tokens` bounds local prefill in a step in which nobody decodes, and a step with its drafts;
+    `max_sequences` counts the outputs aboard, all requests together.
     """
 
     mixed_prefill_tokens: int = 64

@@ -334,7 +334,9 @@ class Scheduler:
         return min(limit, self.config.mixed_prefill_tokens) if decoding else limit
 
     def _draft(self, plan: list[Part]) -> None:
-        """Drafts for the outputs that decode, as far as they pay and blocks are free."""
+        """Drafts for the outputs that decode, as far as they pay, and the step has rows and the pool has blocks for
+        them: what a step takes is measured with `max_step_tokens` rows.
+        """
         wants: list[tuple[Part, Want]] = []
         for part in plan:
             most = self.speculator.limit(part.request.record.speculation)
@@ -345,10 +347,12 @@ class Scheduler:
             return
         decoding, rows = sum(part.count == 1 for part in plan), sum(part.count for part in plan)
         drafts = self.speculator.drafts([want for _, want in wants], decoding, rows)
-        for (part, _), tokens in zip(wants, drafts, strict=True):
-            chain = part.share.chain
+        room = max(0, self.config.max_step_tokens - rows)
+        for (part, _), draft in zip(wants, drafts, strict=True):
+            chain, tokens = part.share.chain, draft[:room]
             if tokens and chain.table.extend(chain.computed + 1 + len(tokens)):
                 part.drafts = tokens
+                room -= len(tokens)
 
     @staticmethod
     def _want(part: Part, limit: int) -> Want:

@@ -134,7 +134,9 @@ class DeviceSteps:
         if not draws:
             return DrawResults(torch.zeros((3, 0), dtype=torch.int32), *self._no_alternatives(0))
         results = self._model.backend.operations.draw(logits, draws)
-        self._last[: len(draws)].copy_(results.values[0])
+        # No more than may be followed: of a step with drafts, which isn't, there may be more draws.
+        count = min(len(draws), len(self._last))
+        self._last[:count].copy_(results.values[0][:count])
         return results
 
     def _rows(self, batch: Batch, placing: Placing, draws: list[Draw]) -> tuple[Sources, list[Draw]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from decode_scheduling import EOS, Driver, Knowing, Seen, make_record, undisturbed
 
+from decode_service.metrics import StepMetrics
 from decode_service.speculation.config import SpeculationConfig
-from decode_service.speculation.proposer import Ask
+from decode_service.speculation.proposer import NOTHING, Ask, Draft
 from tandem.record import FinishReason, Record, Speculation
+from tandem.service.metrics import Metrics
 
 
 def with_drafts(
@@ -91,6 +93,21 @@ def test_cached_blocks_hold_no_draft_that_was_not_kept() -> None:
     driver.assert_empty()
 
 
+def test_drafts_keep_to_the_rows_that_a_step_may_have() -> None:
+    """The oldest come first; the others have fewer, and the same tokens."""
+    alone = [undisturbed(make_record(8, max_tokens=12, seed=seed)).output(0) for seed in range(4)]
+    proposer = Knowing(lambda key: alone[int(key.request)], lambda ask: 5)
+    driver = Driver(speculation=SpeculationConfig([proposer], max_tokens=5, fixed=True), max_step_tokens=16)
+    for seed in range(4):
+        driver.admit(str(seed), make_record(8, max_tokens=12, seed=seed))
+    driver.run()
+    assert [driver.seen[str(seed)].output(0) for seed in range(4)] == alone
+    drafts = [[part.drafts for part in batch.slices] for batch in driver.runner.batches]
+    assert [5, 5, 2, 0] in drafts
+    assert max(batch.num_tokens for batch in driver.runner.batches if any(part.drafts for part in batch.slices)) == 16
+    driver.assert_empty()
+
+
 def test_drafts_give_way_when_blocks_run_short() -> None:
     """Two outputs that just fit without drafts: nobody is preempted for one, and the tokens are the same."""
     alone = [undisturbed(make_record(8, max_tokens=8, seed=seed)).output(0) for seed in range(2)]
@@ -134,6 +151,23 @@ def test_a_proposer_that_fails_costs_only_its_drafts(capfd: pytest.CaptureFixtur
     driver = with_drafts(make_record(9, max_tokens=10), fail)
     assert len(driver.seen["r"].output(0)) == 10
     assert "a proposer failed" in "".join(capfd.readouterr())
+
+
+def test_time_of_asking_is_told_although_nothing_is_verified() -> None:
+    class Silent(Knowing):
+        def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+            return [NOTHING for _ in asks]
+
+    driver = Driver(speculation=SpeculationConfig([Silent(lambda key: [], lambda ask: 0)], max_tokens=5))
+    metrics = Metrics("decode")
+    told = StepMetrics(metrics)
+    driver.admit("r", make_record(9, max_tokens=100))
+    while driver.step() is not None:
+        told.observe(driver.scheduler.load(), driver.scheduler)
+    labels = {"role": "decode", "proposer": "knowing"}
+    seconds = metrics.registry.get_sample_value("tandem_spec_decode_proposer_seconds_total", labels)
+    assert seconds is not None
+    assert seconds > 0
 
 
 def test_a_failing_step_takes_drafts_with_it() -> None:

@@ -39,7 +39,7 @@ class Life:
             prefix_cache=cache,
             speculation=speculation,
             ahead=ahead,
-            max_step_tokens=7,
+            max_step_tokens=12,
             mixed_prefill_tokens=3,
         )
         self.records: dict[str, tuple] = {}

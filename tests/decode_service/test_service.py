@@ -545,12 +545,12 @@ async def test_a_transfer_beats_for_a_sender_that_knows_beats(monkeypatch: pytes
 
 
 async def test_drafts_come_several_tokens_a_step_and_are_counted() -> None:
-    """With four right tokens of five a draft, in company, after a transfer and on the stream itself."""
+    """With three right tokens of four a draft, in company, after a transfer and on the stream itself."""
     records = [record_of(9 + i, max_tokens=24, seed=i + 1) for i in range(3)]
     truth = {record.prompt[0]: expected_tokens(record) for record in records}
-    proposer = Knowing(lambda key: [], lambda ask: 4)
+    proposer = Knowing(lambda key: [], lambda ask: 3)
     proposer.told = lambda ask: truth[ask.prompt[0]]
-    speculation = SpeculationConfig([proposer], max_tokens=5, fixed=True)
+    speculation = SpeculationConfig([proposer], max_tokens=4, fixed=True)
     async with running_rig(speculation=speculation) as rig:
         sender = FakePrefill(rig, "memory")
         try:

@@ -117,6 +117,17 @@ def test_several_draws_from_one_row_edit_it_apart(make_engine: Callable[..., Eng
     assert len(tokens) == 4
 
 
+def test_a_step_with_drafts_may_have_more_draws_than_can_be_followed(tiny_model: Path, kernels: str) -> None:
+    """An engine for few rows keeps few tokens for the step behind: of a step with drafts none is behind."""
+    known, drafts = PROMPTS[1], [7, 8, 9]
+    specs = [SampleSpec(0, GREEDY, place, known, drafts[:place]) for place in range(4)]
+    part = Slice("s", [*known, *drafts], 0, tables(0), specs, drafts=3)
+    first = Slice("s", known, 0, tables(0), specs[:1])
+    got, want = (load(tiny_model, max_sequences=1, max_step_tokens=2).runner.run(Batch([one])) for one in (part, first))
+    assert got.errors == want.errors == {}
+    assert got.samples[0][0] == want.samples[0][0]
+
+
 def test_a_bad_slice_fails_alone(tiny_model: Path) -> None:
     engine = load(tiny_model)
     sound = SampleSpec(0, GREEDY, 0, PROMPTS[1])
