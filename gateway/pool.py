@@ -30,7 +30,8 @@ class WorkerPool:
         self._silence, self._tls = silence, tls
         self._workers: dict[tuple[str, str], Worker] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._gone: set[asyncio.Task[None]] = set()
+        self._leaving: dict[asyncio.Task[None], Worker] = {}
+        """Not listed any more, but requests run there."""
         self._listeners: list[Callable[[], None]] = []
         self._reported: set[tuple[str, str]] = set()
         self.failed_lookups = 0
@@ -95,8 +96,8 @@ class WorkerPool:
             await worker.close()
 
         task = asyncio.create_task(close_when_idle(), name=f"retire {worker.address}")
-        self._gone.add(task)
-        task.add_done_callback(self._gone.discard)
+        self._leaving[task] = worker
+        task.add_done_callback(self._leaving.pop)
 
     def report_mismatch(self, prefill: Worker, decode: Worker) -> str:
         """Says why two workers can't be paired; in the log once per pair of incarnations."""
@@ -152,8 +153,9 @@ class WorkerPool:
 
     async def close(self) -> None:
         """Ends all watching and every channel."""
-        tasks = [*self._tasks.values(), *self._gone]
+        tasks = [*self._tasks.values(), *self._leaving]
+        workers = [*self._workers.values(), *self._leaving.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(worker.close() for worker in self._workers.values()))
+        await asyncio.gather(*(worker.close() for worker in workers))

@@ -23,7 +23,7 @@ def read_workers_file(path: Path) -> Addresses:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"--workers-file: {path} is larger than {MAX_FILE_BYTES} bytes")
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"--workers-file: {path} can't be read: {exc}") from exc
     if not isinstance(value, dict) or not value.keys() <= {"prefill", "decode"}:
         raise ConfigError(f'--workers-file: {path} must hold {{"prefill": [...], "decode": [...]}} and nothing else')
@@ -54,7 +54,7 @@ class WorkersFile:
         while True:
             await asyncio.sleep(POLL_SECONDS)
             now = _stamp(self._path)
-            if now is None or now == last:
+            if now == last:
                 continue
             last = now
             try:

@@ -31,6 +31,8 @@ CREDENTIALS = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 WATCH_SECONDS = 240
 """After so long the server ends a watch, and another begins where it was."""
 FIRST_PAUSE, MOST_PAUSE = 0.5, 30.0
+LATE_SECONDS = 30.0
+"""One that goes on for so long after that is broken off: whatever is between here and the server may hang."""
 SHORT_SECONDS = 1.0
 """A watch that ends sooner is followed by a pause."""
 GONE = 410
@@ -180,24 +182,34 @@ class Watch:
 
     async def _watch(self) -> str:
         """Empty when it ended as it should, else what was wrong with its end."""
-        began = time.monotonic()
+        began, seconds = time.monotonic(), int(WATCH_SECONDS * (1 + self._draw() / 4))
+        try:
+            async with asyncio.timeout(seconds + LATE_SECONDS) as limit:
+                await self._follow(seconds)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return "a watch did not end in time"
+        if time.monotonic() - began < SHORT_SECONDS:
+            return "a watch ended at once"
+        self._failures, self._told = 0, ""
+        return ""
+
+    async def _follow(self, seconds: int) -> None:
+        """One watch, which the server is to end after `seconds`."""
         async with self._api.get(
             self._path,
             labelSelector=self._selector,
             watch="1",
             resourceVersion=self._version,
             allowWatchBookmarks="true",
-            timeoutSeconds=str(int(WATCH_SECONDS * (1 + self._draw() / 4))),
+            timeoutSeconds=str(seconds),
         ) as response:
             if response.status != 200:
                 _object(await response.body(), response.status)
             async for line in response.lines():
                 if line.strip():
                     self._take(_object(line, 200))
-        if time.monotonic() - began < SHORT_SECONDS:
-            return "a watch ended at once"
-        self._failures, self._told = 0, ""
-        return ""
 
     def _take(self, event: Mapping[str, Any]) -> None:
         """One event of a watch."""

@@ -10,8 +10,8 @@ from urllib.parse import parse_qs, urlsplit
 
 
 class FakeKubernetes:
-    """`faults` are used up, one a request: expired (410), expired-event, junk, cut, refuse, end. A watch is over after
-    `watch_seconds`. Versions before `oldest` are gone.
+    """`faults` are used up, one a request: expired (410), expired-event, junk, cut, refuse, end, hang. A watch is over
+    after `watch_seconds`. Versions before `oldest` are gone.
     """
 
     def __init__(self) -> None:
@@ -32,6 +32,11 @@ class FakeKubernetes:
     async def close(self) -> None:
         self._server.close()
         await self.hang_up()
+
+    @property
+    def connections(self) -> int:
+        """Those that are open, or wait for a request."""
+        return len(self._tasks)
 
     async def hang_up(self) -> None:
         """Every connection breaks off."""
@@ -104,6 +109,8 @@ class FakeKubernetes:
             writer.write(_chunks(first))
         if fault == "cut":
             return
+        if fault == "hang":
+            await asyncio.Event().wait()
         at, end = int(query["resourceVersion"]), asyncio.get_running_loop().time() + self.watch_seconds
         while fault != "end" and (left := end - asyncio.get_running_loop().time()) > 0:
             changed = self._changed

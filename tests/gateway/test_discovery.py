@@ -67,7 +67,7 @@ def test_flags_that_cannot_work(given: list[str], words: str) -> None:
 
 
 async def test_the_workers_file_is_followed(tmp_path: Path) -> None:
-    """Replaced by rename: workers come and go; a bad file changes nothing."""
+    """Replaced by rename: workers come and go; a bad file, or none, changes nothing."""
     file, part = tmp_path / "workers.json", tmp_path / "part"
 
     def write(text: str) -> None:
@@ -84,13 +84,20 @@ async def test_the_workers_file_is_followed(tmp_path: Path) -> None:
         write("{")
         await until(lambda: heard.troubles)
         assert heard.last.decode == ("127.0.0.1:2",)
+        troubles = len(heard.troubles)
+        file.unlink()
+        await until(lambda: len(heard.troubles) > troubles)
+        assert heard.last.decode == ("127.0.0.1:2",)
         write('{"decode": ["127.0.0.1:4"]}')
         await until(lambda: heard.last == Addresses((), ("127.0.0.1:4",)))
     finally:
         await source.close()
 
 
-@pytest.mark.parametrize("text", ["[]", '{"decode": 3}', '{"decode": ["x"]}', '{"other": []}', "nonsense"])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '{"decode": 3}', '{"decode": ["x"]}', '{"other": []}', "nonsense", pytest.param("[" * 100_000, id="deep")],
+)
 def test_bad_workers_files(tmp_path: Path, text: str) -> None:
     """Each is a ConfigError that names the flag."""
     file = tmp_path / "workers.json"
@@ -123,12 +130,17 @@ async def test_names_are_resolved_again_and_again() -> None:
         await source.close()
 
 
-async def test_a_failed_lookup_keeps_the_last_answer_for_a_while() -> None:
+NONE = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+SILENCE = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+async def test_a_name_without_an_address_keeps_its_workers_for_a_while() -> None:
+    """An empty Service and a name server that has just started say the same."""
     answer: list[str] | None = ["10.0.0.1"]
 
     async def resolver(name: Address) -> list[Address]:
         if answer is None:
-            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+            raise NONE
         return [Address(host, name.port) for host in answer]
 
     source, heard = DnsWorkers({"decode": Address("d", 2)}, Pace(0.01, keep=0.3), resolver=resolver), Heard()
@@ -138,7 +150,7 @@ async def test_a_failed_lookup_keeps_the_last_answer_for_a_while() -> None:
         answer = None
         await until(lambda: len(heard.troubles) > 3)
         assert heard.last.decode == ("10.0.0.1:2",)
-        assert "Temporary failure" in heard.troubles[0]
+        assert "not known" in heard.troubles[0]
         await until(lambda: heard.last.decode == ())
         answer = ["10.0.0.1"]
         await until(lambda: heard.last.decode == ("10.0.0.1:2",))
@@ -146,14 +158,61 @@ async def test_a_failed_lookup_keeps_the_last_answer_for_a_while() -> None:
         await source.close()
 
 
-async def test_one_family_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pod with an address of each family is one worker."""
+@pytest.mark.parametrize("silence", [SILENCE, OSError(24, "Too many open files")])
+async def test_workers_are_not_lost_with_the_name_server(silence: OSError) -> None:
+    """However long it gives no answer; and its first word after that isn't believed at once either."""
+    asked = 0
 
+    async def resolver(name: Address) -> list[Address]:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            raise silence if asked < 80 else NONE
+        return [Address("10.0.0.1", name.port)]
+
+    source, heard = DnsWorkers({"decode": Address("d", 2)}, Pace(0.01, keep=0.5), resolver=resolver), Heard()
+    source.start(heard)
+    try:
+        await until(lambda: heard.reports == 2)
+        assert heard.last.decode == ()
+        assert asked > 81
+    finally:
+        await source.close()
+
+
+async def test_no_address_at_all_is_an_answer_too(monkeypatch: pytest.MonkeyPatch) -> None:
     async def lookup(host: str, port: int, **_: Any) -> Any:
-        return [(socket.AF_INET6, 1, 6, "", ("fd00::1", port, 0, 0)), (socket.AF_INET, 1, 6, "", ("10.0.0.1", port))]
+        return []
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
-    assert await resolve(Address("x", 7)) == [Address("fd00::1", 7)]
+    with pytest.raises(socket.gaierror, match="no address"):
+        await resolve(Address("x", 7))
+
+
+async def test_one_family_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod with an address of each family is one worker, and stays that one when the other family has more."""
+    four, six = ["10.0.0.1"], ["fd00::1"]
+
+    async def lookup(host: str, port: int, **_: Any) -> Any:
+        found = [(socket.AF_INET6, 1, 6, "", (host, port, 0, 0)) for host in six]
+        return [*found, *((socket.AF_INET, 1, 6, "", (host, port)) for host in four)]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", lookup)
+    assert await resolve(Address("x", 7)) == [Address("fd00::1", 7), Address("10.0.0.1", 7)]
+    source, heard = DnsWorkers({"decode": Address("x", 7)}, FAST), Heard()
+    source.start(heard)
+    try:
+        await until(lambda: heard.last.decode == ("[fd00::1]:7",))
+        four.append("10.0.0.2")
+        six.append("fd00::2")
+        six[0] = "fd00::3"
+        four.append("10.0.0.3")
+        await until(lambda: heard.reports == 2)
+        assert heard.last.decode == ("[fd00::2]:7", "[fd00::3]:7")
+        six.clear()
+        await until(lambda: heard.last.decode == ("10.0.0.1:7", "10.0.0.2:7", "10.0.0.3:7"))
+    finally:
+        await source.close()
 
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--net", "--mount"]

@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 from gateway_fakes import Cluster, until
 
@@ -15,6 +16,7 @@ from gateway.affinity import Prefix
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.pairing import Need, Pair
+from gateway.pool import WorkerPool
 from gateway.text import TextService
 from gateway.tokenizer import Tokenizer
 from tandem.errors import OverloadedError
@@ -33,6 +35,16 @@ async def test_credit_is_given_out_while_another_worker_pauses() -> None:
     done, _ = await asyncio.wait({waiting}, timeout=0.3)
     assert done, "it waits for the pause of a worker that it doesn't need"
     assert (await waiting).decode is worker
+
+
+async def test_a_pool_that_closes_ends_workers_that_left_with_requests_aboard_too() -> None:
+    pool = WorkerPool()
+    pool.set_addresses([], ["127.0.0.1:1"])
+    (worker,) = pool.decode
+    worker.take(1, 8, Prefix([]))
+    pool.set_addresses([], [])
+    await pool.close()
+    assert worker.channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
 
 
 async def test_a_request_that_waits_does_not_count_as_running(cluster: Cluster, serve: Any) -> None:

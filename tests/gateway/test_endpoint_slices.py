@@ -12,6 +12,7 @@ import pytest
 from fake_kubernetes import FakeKubernetes
 from gateway_fakes import Heard, until
 
+from gateway.discovery import kubernetes
 from gateway.discovery.endpoint_slices import EndpointSlices, Selection, selector_of
 from gateway.discovery.kubernetes import Api
 from gateway.discovery.slices import addresses_of
@@ -166,6 +167,20 @@ async def test_what_was_known_stays_in_trouble(api: FakeKubernetes, heard: Heard
     await until(lambda: heard.last.decode == ("10.0.0.3:7001",))
 
 
+async def test_a_watch_that_says_nothing_more_is_broken_off(
+    api: FakeKubernetes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something between here and the server hangs: the connection is there, but no event and no end comes."""
+    monkeypatch.setattr(kubernetes, "WATCH_SECONDS", 0)
+    monkeypatch.setattr(kubernetes, "LATE_SECONDS", 0.3)
+    api.faults = ["", "", "hang", "hang"]  # two lists, then their watches
+    async with following(api) as heard:
+        await until(lambda: not api.faults)
+        api.put("d-1", "d", endpoint("10.0.0.2"))
+        await until(lambda: heard.last.decode == ("10.0.0.2:7001",))
+        await until(lambda: "a watch did not end in time" in heard.troubles)
+
+
 async def test_a_server_that_is_away_is_asked_until_it_is_back(api: FakeKubernetes, heard: Heard) -> None:
     port = api.port
     await api.close()
@@ -201,9 +216,12 @@ async def test_the_token_is_read_again_and_the_server_is_checked(authority: Any,
         (tmp_path / "token").write_text("new")
         fake.put("d-1", "d", endpoint("10.0.0.3"))
         await until(lambda: heard.last.decode == ("10.0.0.3:7001",))
-        seen = len(fake.requests)
+        await until(
+            lambda: fake.connections == 2
+        )  # one a role: none that was begun under the old authority is on its way
         (tmp_path / "ca.crt").write_bytes(type(authority)(tmp_path, "other").ca.read_bytes())
         await fake.hang_up()
+        seen = len(fake.requests)
         await until(lambda: any("CERTIFICATE_VERIFY_FAILED" in text for text in heard.troubles))
         assert len(fake.requests) == seen
     finally:
