@@ -65,6 +65,12 @@ CMD ["python", "-m", "tandem.cli", "doctor"]
 
 # CUDA's libraries come with torch's wheels; the driver's are mounted by the container runtime.
 FROM runtime AS cuda
+# Triton compiles what launches its kernels where it runs, against Python's headers.
+USER root
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libpython3-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/tandem /opt/tandem
 

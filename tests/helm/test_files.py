@@ -187,8 +187,9 @@ def test_there_is_an_example_of_each_kind() -> None:
 
 
 def test_engines_take_what_the_chart_lets_through() -> None:
-    """A choice that an engine doesn't know would end each pod."""
+    """A choice that an engine doesn't know would end each pod; one that the chart doesn't know can't be made."""
     schema = json.loads((CHART / "values.schema.json").read_text("utf-8"))["properties"]["engine"]["properties"]
-    assert set(schema["compute"]["enum"]) <= set(config.COMPUTES)
-    assert set(schema["dtype"]["enum"]) <= set(config.DTYPES)
-    assert set(schema["kvDtype"]["enum"]) <= set(config.KV_DTYPES)
+    assert set(schema["device"]["enum"]) == set(config.DEVICES)
+    assert set(schema["compute"]["enum"]) == {*config.COMPUTES, *config.GPU_COMPUTES}
+    assert set(schema["dtype"]["enum"]) == {*config.DTYPES, *config.GPU_DTYPES}
+    assert set(schema["kvDtype"]["enum"]) == {*config.KV_DTYPES, *config.GPU_DTYPES}

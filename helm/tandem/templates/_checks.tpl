@@ -23,8 +23,39 @@
 {{- fail (printf "%s.autoscaling.mode hpa scales on recording rules: set monitoring.rules.enabled" $component) -}}
 {{- end -}}
 {{- end -}}
+{{- include "tandem.checkEngine" . -}}
 {{- include "tandem.checkModel" . -}}
 {{- include "tandem.checkAccess" . -}}
+{{- end -}}
+
+{{/* What an engine would refuse at each pod's start, or the gateways at each request. */}}
+{{- define "tandem.checkEngine" -}}
+{{- $engine := .Values.engine -}}
+{{- $devices := list -}}
+{{- range $component := list "prefill" "decode" -}}
+{{- $settings := index $.Values $component -}}
+{{- if gt (int $settings.gpu.count) 1 -}}
+{{- fail (printf "%s.gpu.count is %d: a worker computes on one GPU; give the pool more replicas" $component (int $settings.gpu.count)) -}}
+{{- end -}}
+{{- if or (ne $settings.autoscaling.mode "none") (int $settings.replicas) -}}
+{{- $devices = append $devices (include "tandem.device" (dict "root" $ "settings" $settings)) -}}
+{{- end -}}
+{{- end -}}
+{{- if gt (len (uniq $devices)) 1 -}}
+{{- fail "prefill.gpu.count and decode.gpu.count: one pool would compute on GPUs and the other on CPUs, which can't be paired" -}}
+{{- end -}}
+{{- range $device := uniq $devices -}}
+{{- $gpu := eq $device "cuda" -}}
+{{- if has $engine.compute (ternary (list "exact" "bf16") (list "native" "fp8" "int4") $gpu) -}}
+{{- fail (printf "engine.compute %s is none of device %s" $engine.compute $device) -}}
+{{- end -}}
+{{- if and (not $gpu) (or (eq $engine.dtype "float16") (eq $engine.kvDtype "float16")) -}}
+{{- fail "engine.dtype and engine.kvDtype: float16 is for GPUs (gpu.count)" -}}
+{{- end -}}
+{{- if and $gpu (not (has $engine.kvDtype (list "auto" (ternary "bfloat16" $engine.dtype (eq $engine.dtype "auto"))))) -}}
+{{- fail (printf "engine.kvDtype %s: on GPUs it is that of engine.dtype, leave it auto" $engine.kvDtype) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "tandem.checkModel" -}}

@@ -81,13 +81,21 @@ lifecycle:
 {{ add .preStopSeconds .drainSeconds 15 }}
 {{- end -}}
 
-{{/* How pods are replaced. Takes a component's settings. */}}
+{{/*
+How pods are replaced. A pod may wait for the end of the one that has its GPU, and a gateway for the workers' models, so
+a rollout is stuck only after all of that. Takes (dict "root" . "settings" ...).
+*/}}
 {{- define "tandem.rollout" -}}
 revisionHistoryLimit: 5
-progressDeadlineSeconds: {{ add .startupSeconds 600 }}
+progressDeadlineSeconds: {{ add (include "tandem.slowestStart" .root) (include "tandem.grace" .settings) 600 }}
 strategy:
   type: RollingUpdate
-  rollingUpdate: {{- toYaml .rollout | nindent 4 }}
+  rollingUpdate: {{- toYaml .settings.rollout | nindent 4 }}
+{{- end -}}
+
+{{/* Seconds after which every pod of the release may be expected to serve. */}}
+{{- define "tandem.slowestStart" -}}
+{{- with .Values }}{{ max (int .gateway.startupSeconds) (int .prefill.startupSeconds) (int .decode.startupSeconds) }}{{ end -}}
 {{- end -}}
 
 {{/* Takes (dict "root" . "component" ...). */}}

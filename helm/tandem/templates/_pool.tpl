@@ -15,7 +15,7 @@ spec:
 {{- if eq .settings.autoscaling.mode "none" }}
   replicas: {{ .settings.replicas }}
 {{- end }}
-  {{- include "tandem.rollout" .settings | nindent 2 }}
+  {{- include "tandem.rollout" . | nindent 2 }}
   selector:
     matchLabels: {{- include "tandem.selector" . | nindent 6 }}
   template:
@@ -65,6 +65,7 @@ args:
   - --listen={{ .root.Values.bindAddress }}:7001
   - --health={{ .root.Values.bindAddress }}:7002
   - --metrics={{ .root.Values.bindAddress }}:9401
+  - --device={{ include "tandem.device" . }}
   - --compute={{ .root.Values.engine.compute }}
   - --dtype={{ .root.Values.engine.dtype }}
   - --kv-dtype={{ .root.Values.engine.kvDtype }}
@@ -93,6 +94,15 @@ securityContext: {{- include "tandem.containerSecurity" . | nindent 2 }}
 volumeMounts:
   {{- include "tandem.mounts" . | trim | nindent 2 }}
   - {name: shm, mountPath: /dev/shm}
+{{- end -}}
+
+{{/*
+What a worker computes on. Never left to the worker: one that was given a GPU and can't use it must not serve from the
+CPU, and on nodes that show GPUs to every pod one without must keep off them. Takes (dict "root" . "settings" ...).
+*/}}
+{{- define "tandem.device" -}}
+{{- $asked := .root.Values.engine.device -}}
+{{- ternary (ternary "cuda" "cpu" (gt (int .settings.gpu.count) 0)) $asked (eq $asked "auto") -}}
 {{- end -}}
 
 {{/* Devices are requested and limited alike, as device plugins want it. */}}

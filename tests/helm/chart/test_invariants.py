@@ -209,9 +209,39 @@ def test_devices_are_requested_and_limited() -> None:
         spec = named(objects(rendered(example)), "Deployment", f"-{role}")["spec"]["template"]["spec"]
         for kind in ("requests", "limits"):
             resources = spec["containers"][0]["resources"][kind]
-            assert (resources["nvidia.com/gpu"], resources["rdma/hca_shared_devices_a"]) == (8, 8)
+            assert (resources["nvidia.com/gpu"], resources["rdma/hca_shared_devices_a"]) == (1, 1)
         (shm,) = [volume for volume in spec["volumes"] if volume["name"] == "shm"]
-        assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "32Gi"}
+        assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "4Gi"}
+
+
+@EVERY_EXAMPLE
+def test_a_worker_is_told_what_it_computes_on(example: Path) -> None:
+    """What it requests: never the CPU where a GPU was meant, nor a GPU that the node shows to every pod."""
+    documents = objects(rendered(example))
+    for role in ("prefill", "decode"):
+        (container,) = named(documents, "Deployment", f"-{role}")["spec"]["template"]["spec"]["containers"]
+        requested = "nvidia.com/gpu" in container["resources"]["requests"]
+        assert flags_of(container)["--device"] == ("cuda" if requested else "cpu")
+
+
+@EVERY_EXAMPLE
+def test_a_rollout_is_not_given_up_while_pods_may_still_come(example: Path) -> None:
+    """A new pod may wait for the old one's GPU, and a gateway is not ready before the workers' models are loaded."""
+    specs = {one["metadata"]["name"].rpartition("-")[2]: one["spec"] for one in deployments(objects(rendered(example)))}
+    starts = []
+    for spec in specs.values():
+        probe = spec["template"]["spec"]["containers"][0]["startupProbe"]
+        starts.append(probe["periodSeconds"] * probe["failureThreshold"])
+    for spec in specs.values():
+        grace = spec["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert spec["progressDeadlineSeconds"] > max(starts) + grace
+
+
+def test_names_of_workers_are_looked_up_as_they_stand() -> None:
+    """Not below a pod's search domains first, of which the last may be one that answers for any name."""
+    (container,) = named(objects(rendered()), "Deployment", "-gateway")["spec"]["template"]["spec"]["containers"]
+    names = [text for text in container["args"] if text.startswith("--workers-dns=")]
+    assert [name.rpartition(":")[0].endswith(".svc.cluster.local.") for name in names] == [True, True]
 
 
 def test_an_image_can_hold_the_model() -> None:
@@ -221,6 +251,22 @@ def test_an_image_can_hold_the_model() -> None:
         "volumes"
     ]
     assert flags_of(spec["containers"][0])["--model"] == "/model/weights"
+
+
+@pytest.mark.parametrize(
+    ("settings", "device"),
+    [
+        (["decode.gpu.count=1", "prefill.replicas=0", "engine.compute=fp8", "engine.dtype=float16"], "cuda"),
+        (["engine.device=cuda", "engine.compute=native", "engine.kvDtype=bfloat16"], "cuda"),
+        (["decode.gpu.count=1", "prefill.gpu.count=1", "engine.device=cpu", "engine.compute=exact"], "cpu"),
+    ],
+)
+def test_what_devices_are_for(settings: list[str], device: str) -> None:
+    """Prefill may be left out, and devices that aren't requested by a count (claims of resources) be named."""
+    (container,) = named(objects(rendered(None, *settings)), "Deployment", "-decode")["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert flags_of(container)["--device"] == device
 
 
 @pytest.mark.parametrize(
@@ -243,6 +289,12 @@ def test_an_image_can_hold_the_model() -> None:
         (["monitoring.rules.ttftLimitSeconds=3"], "ttftLimitSeconds"),
         (["decode.topologySpreadConstraints[0].labelSelector.matchLabels.a=b"], "topologySpreadConstraints"),
         (["runAsUser=0"], "runAsUser"),
+        (["prefill.gpu.count=8", "decode.gpu.count=8"], "prefill.gpu.count is 8: a worker computes on one GPU"),
+        (["prefill.gpu.count=1"], "prefill.gpu.count and decode.gpu.count: one pool would compute on GPUs"),
+        (["engine.compute=native"], "engine.compute native is none of device cpu"),
+        (["engine.device=cuda", "engine.compute=exact"], "engine.compute exact is none of device cuda"),
+        (["engine.dtype=float16"], "float16 is for GPUs"),
+        (["engine.device=cuda", "engine.kvDtype=int8"], "engine.kvDtype int8: on GPUs it is that of engine.dtype"),
     ],
 )
 @pytest.mark.parametrize("major", ["3", "4"])

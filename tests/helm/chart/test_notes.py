@@ -38,7 +38,9 @@ def notes(chart: Path, example: str) -> str:
 def test_notes_say_what_to_do_next(chart: Path, example: str) -> None:
     text = notes(chart, example)
     assert f"helm -n {NAMESPACE} test {RELEASE}" in text
-    assert f"rollout status deployment/{RELEASE}-tandem-gateway" in text
+    assert (
+        f"rollout status deployment/{RELEASE}-tandem-gateway --timeout={3600 if example == 'rdma' else 1800}s" in text
+    )
     assert "<no value>" not in text
 
 

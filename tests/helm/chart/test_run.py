@@ -102,7 +102,11 @@ def _secrets(folder: Path) -> tuple[dict[str, dict[str, bytes]], dict[str, Any]]
 def _pods(documents: list[dict[str, Any]], folder: Path, secrets: Any) -> tuple[dict[str, Pod], Pod]:
     net = f"127.{random.randint(1, 250)}.{random.randint(1, 250)}"
     addresses = {role: f"{net}.{number}" for number, role in enumerate(COMPONENTS, 1)}
-    names = {f"{RELEASE}-tandem-{role}.{NAMESPACE}.svc.cluster.local": address for role, address in addresses.items()}
+    names = {
+        f"{RELEASE}-tandem-{role}.{NAMESPACE}.svc.cluster.local{end}": address
+        for end in (".", "")  # with its dot first: each is replaced by the address
+        for role, address in addresses.items()
+    }
     made = {}
     for role in (*COMPONENTS, "test"):
         (folder / role).mkdir()
