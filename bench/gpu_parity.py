@@ -106,6 +106,7 @@ def _small(dtype: torch.dtype, device: str) -> Iterator[Check]:
 
 def _rope(dtype: torch.dtype, device: str) -> Iterator[Check]:
     def run(form: str, interleaved: bool, rotated: int) -> tuple[Tensor, Tensor]:
+        """What kernel and reference give: queries, then the cache (codes as shares of the largest), in one row."""
         torch.manual_seed(0)
         cos, sin = torch.rand(2, 500, rotated // 2, device=device).unbind(0)
         positions, slots = torch.randint(0, 500, (70,), device=device), torch.randperm(160, device=device)[:70]

@@ -105,6 +105,7 @@ async def run_load(arrivals: Sequence[Arrival], send: Send, done: Callable[[Outc
     start = time.perf_counter()
 
     async def one(arrival: Arrival) -> Outcome:
+        """Waits for an arrival's time and sends it, whatever the others do."""
         await asyncio.sleep(max(0.0, start + arrival.at - time.perf_counter()))
         outcome = Outcome(arrival.shape, StreamTrace(start + arrival.at))
         try:

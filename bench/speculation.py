@@ -83,6 +83,7 @@ async def run_once(client: AsyncClient, workload: Workload, way: str, number: in
     limit = asyncio.Semaphore(workload.at_once)
 
     async def one(task: Task) -> GenerateResult:
+        """One request, once there is room for it. Its cache is its own: each way computes all of it."""
         async with limit:
             source = {"messages": [{"role": "user", "content": task.prompt}]} if task.chat else {"prompt": task.prompt}
             return await client.generate(

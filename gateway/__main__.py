@@ -47,7 +47,6 @@ def _grace(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """All flags of the gateway."""
-    config = GatewayConfig()
     flags = argparse.ArgumentParser("python -m gateway", description="Tandem's gateway", allow_abbrev=False)
     add = flags.add_argument
     add("--model", required=True, help="GGUF file, Hugging Face folder, default or hub:ORG/NAME; for its tokenizer")
@@ -55,6 +54,16 @@ def parser() -> argparse.ArgumentParser:
     add("--http", default="127.0.0.1:0", metavar="HOST:PORT", help="/metrics and /healthz; port 0 for any")
     add("--health", metavar="HOST:PORT", help="where health alone is served too, in clear, for probes")
     add_discovery_flags(flags)
+    _add_limits(flags, GatewayConfig())
+    _add_access(flags)
+    add("--drain-grace", type=_grace, default=30.0, help="seconds that running requests get after SIGTERM")
+    add("--log-level", default="info", choices=logging.LEVELS)
+    return flags
+
+
+def _add_limits(flags: argparse.ArgumentParser, config: GatewayConfig) -> None:
+    """What a request may take, and what it may cost others."""
+    add = flags.add_argument
     add("--max-queue", type=_positive, default=config.max_queue, help="requests that may wait for workers")
     add(
         "--default-timeout", type=_seconds, default=config.patience.default_timeout, help="seconds, where none is given"
@@ -84,6 +93,11 @@ def parser() -> argparse.ArgumentParser:
         default=config.patience.ejecting.after,
         help="a worker at which so many requests in a row failed gets nothing new for a while; 0: never",
     )
+
+
+def _add_access(flags: argparse.ArgumentParser) -> None:
+    """Who may call."""
+    add = flags.add_argument
     add_tls_flags(flags)
     add(
         "--tls-client-auth",
@@ -97,9 +111,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON or TOML: tenants and SHA-256 hashes of their keys; every call then needs a key",
     )
-    add("--drain-grace", type=_grace, default=30.0, help="seconds that running requests get after SIGTERM")
-    add("--log-level", default="info", choices=logging.LEVELS)
-    return flags
 
 
 def _bindings(flags: argparse.Namespace) -> Bindings:

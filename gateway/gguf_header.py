@@ -55,6 +55,7 @@ class _Reader:
         return found
 
     def array(self) -> list[Any]:
+        """One array's elements, from its type on. Raises struct.error past the end, KeyError for an unknown type."""
         kind, count = self.scalar("<I"), self.scalar("<Q")
         if count > min(_MAX_ENTRIES, len(self.data) - self.at):
             raise struct.error("array past the end")

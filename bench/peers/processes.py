@@ -63,6 +63,7 @@ class _Measuring:
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def rows(self) -> Iterator[Mapping[str, object]]:
+        """What the command prints, a JSON object a line, until it ends or is silent for too long; `why` says which."""
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
                 self.command,

@@ -62,6 +62,7 @@ class _Table:
     """How much slower than its cells say everything is of late: contexts grow, others come and go on the machine."""
 
     def measured(self, rows: int, seconds: float) -> None:
+        """A step took this long: what it surprises by is the pace's as far as it goes, the rest its cell's."""
         rung = _rung(rows)
         if (cell := self.cells.get(rung)) is None:
             cell = self.cells[rung] = _Cell(self.at(rung))

@@ -85,6 +85,7 @@ def _of_one(run: Handler) -> Handler:
 
 def _guarded(run: Handler, method: str, admit: Admit | None) -> Handler:
     async def guarded(request: Any, context: Context) -> Any:
+        """`run` for those whom `admit` lets in, with every error mapped to a status."""
         try:
             if admit is not None:
                 admit(method, context)

@@ -67,6 +67,7 @@ def callers(names: Mapping[str, str]) -> Admit:
     """
 
     def admit(method: str, context: Context) -> None:
+        """Raises UnauthenticatedError without a certificate, PermissionDeniedError with one of another role."""
         service = method.strip("/").partition("/")[0]
         wanted = names.get(service)
         if wanted is None:

@@ -143,36 +143,20 @@ def record_to_pb(record: Record) -> pb.Record:
 
 def record_from_pb(message: pb.Record) -> Record:
     """Inverse of `record_to_pb`. Raises InvalidRequestError for a record no gateway would send."""
-    sampling, stopping = message.sampling, message.stopping
+    n = message.sampling.n
     if not message.prompt_token_ids:
         raise InvalidRequestError("a record needs at least one prompt token", field="record.prompt_token_ids")
-    if len(message.outputs) != sampling.n or sampling.n < 1:
+    if len(message.outputs) != n or n < 1:
         raise InvalidRequestError(
-            f"a record needs one output per choice: n is {sampling.n}, outputs are {len(message.outputs)}",
+            f"a record needs one output per choice: n is {n}, outputs are {len(message.outputs)}",
             field="record.outputs",
         )
     return Record(
         request_id=message.request_id,
         model_id=message.model_id,
         prompt=list(message.prompt_token_ids),
-        sampling=SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            logit_bias=dict(sampling.logit_bias),
-            seed=sampling.seed,
-            n=sampling.n,
-        ),
-        stopping=StopRules(
-            max_tokens=stopping.max_tokens,
-            min_tokens=stopping.min_tokens,
-            stop_token_ids=tuple(stopping.stop_token_ids),
-            ignore_eos=stopping.ignore_eos,
-        ),
+        sampling=_sampling_from_pb(message.sampling),
+        stopping=_stopping_from_pb(message.stopping),
         outputs=[
             OutputState(
                 token_ids=list(output.token_ids),
@@ -187,6 +171,30 @@ def record_from_pb(message: pb.Record) -> Record:
         priority=message.priority,
         arrival=message.arrival_seconds,
         speculation=speculation_from_pb(message.speculation),
+    )
+
+
+def _sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=dict(message.logit_bias),
+        seed=message.seed,
+        n=message.n,
+    )
+
+
+def _stopping_from_pb(message: pb.StoppingParams) -> StopRules:
+    return StopRules(
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
     )
 
 

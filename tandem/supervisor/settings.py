@@ -138,13 +138,7 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
     }
     decode = role == "decode"
     if decode:
-        values |= {
-            "--speculation": settings.speculation,
-            "--speculation-tokens": settings.speculation_tokens,
-            "--draft-model": settings.draft_model,
-            "--self-draft-layers": settings.self_draft_layers,
-            "--eagle-head": settings.eagle_head,
-        }
+        values |= _speculation(settings)
     switches = {
         "--no-prefix-cache": not settings.prefix_cache,
         "--no-share-weights": not settings.share_weights,
@@ -153,6 +147,16 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--convert-kv-dtype": settings.prefill_kv_dtype is not None and decode,
     }
     return _flags({**values, **_tls(settings)}) + [flag for flag, on in switches.items() if on]
+
+
+def _speculation(settings: UpSettings) -> dict[str, object]:
+    return {
+        "--speculation": settings.speculation,
+        "--speculation-tokens": settings.speculation_tokens,
+        "--draft-model": settings.draft_model,
+        "--self-draft-layers": settings.self_draft_layers,
+        "--eagle-head": settings.eagle_head,
+    }
 
 
 def gateway_arguments(settings: UpSettings, listen: Address, http: Address, workers_file: Path) -> list[str]:
