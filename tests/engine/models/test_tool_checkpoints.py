@@ -41,8 +41,8 @@ def test_logits_and_tokens_are_the_tool_s(name: str, make_driver: MakeDriver, cp
     logits, expected = logits_of(make_driver, name)
     rows = (logits - expected["logits"]).norm(dim=1) / expected["logits"].norm(dim=1)
     if rounds_activations(name):
-        # What rounds the other way once is in all rows that see it: the first ones are as near as without.
-        assert float(rows[:8].max()) <= 1e-3
+        # What rounds the other way once is in all rows that see it: those that don't are as near as without.
+        assert int((rows < 1e-5).sum()) >= 4
         assert float(rows.max()) <= 5e-2
     else:
         assert distance(logits, expected["logits"]) <= 1e-4
@@ -57,3 +57,9 @@ def test_with_bfloat16_they_are_near(name: str, make_driver: MakeDriver, cpp_ker
 
 def test_every_form_is_there() -> None:
     assert len(FOLDERS) >= 15
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_tools_say_is_varied(name: str) -> None:
+    """A model that repeats one token would hide wrong weights."""
+    assert len(load_file(DATA / name / "expected.safetensors")["continuation"].unique()) >= 10
