@@ -20,6 +20,8 @@ class SchedulerConfig(EngineLimits):
 
     mixed_prefill_tokens: int = 64
     """Prompt tokens of local prefill in a step beside decoding sequences: what a running stream may be held up by."""
+    max_drafts: int | None = None
+    """Drafts in a step, all outputs together; None: as many as `max_step_tokens` leaves rows for."""
 
     def __post_init__(self) -> None:
         """Fail at start, with the key's name."""

@@ -348,6 +348,7 @@ class Scheduler:
         decoding, rows = sum(part.count == 1 for part in plan), sum(part.count for part in plan)
         drafts = self.speculator.drafts([want for _, want in wants], decoding, rows)
         room = max(0, self.config.max_step_tokens - rows)
+        room = room if self.config.max_drafts is None else min(room, self.config.max_drafts)
         for (part, _), draft in zip(wants, drafts, strict=True):
             chain, tokens = part.share.chain, draft[:room]
             if tokens and chain.table.extend(chain.computed + 1 + len(tokens)):

@@ -55,7 +55,13 @@ def parts_of(
     identity = loading.identity_of(engine, flags, metrics_address)
     names = tuple(proposer.name for proposer in speculation.proposers)
     identity = replace(identity, convert_kv_dtype=flags.convert_kv_dtype, proposers=names)
-    scheduler = SchedulerConfig(**loading.limits_of(engine, identity), mixed_prefill_tokens=flags.mixed_prefill_tokens)
+    gpu = engine.engine_config.device == "cuda"
+    scheduler = SchedulerConfig(
+        **loading.limits_of(engine, identity),
+        mixed_prefill_tokens=flags.mixed_prefill_tokens,
+        # A GPU's memory is shared out with the logits of one row a sequence in mind; as many more are in its margin.
+        max_drafts=identity.max_sequences if gpu else None,
+    )
     return Parts(
         identity,
         scheduler,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,17 @@ def test_auto_takes_all_that_there_are(models: dict[str, str]) -> None:
     loaded = wiring.load(flags)
     parts = wiring.parts_of(loaded.engine, flags, "", loaded.costs, loaded.speculation)
     assert parts.identity.proposers == ("ngram", "suffix", "draft")
+
+
+def test_a_gpu_drafts_when_asked_to_and_no_more_than_its_memory_is_shared_out_for(models: dict[str, str]) -> None:
+    common = ["--model", models["target"], "--num-blocks", "16", "--max-sequences", "9"]
+    engine = wiring.load(parse_flags(common)).engine
+    on_gpu = replace(engine, engine_config=replace(engine.engine_config, device="cuda"))
+    unasked = wiring.parts_of(on_gpu, parse_flags(common), "")
+    asked = wiring.parts_of(on_gpu, parse_flags([*common, "--speculation", "ngram"]), "")
+    assert (unasked.identity.proposers, asked.identity.proposers) == ((), ("ngram",))
+    assert asked.scheduler.max_drafts == 9
+    assert wiring.parts_of(engine, parse_flags(common), "").scheduler.max_drafts is None
 
 
 @pytest.mark.parametrize(
