@@ -12,12 +12,17 @@ On a GPU, with random weights and without any file (figures beside floors, see `
 
     python -m bench.offline --device cuda --model random:llama-3-8b --chunk-size 8192 \\
         --points tg1@1024,tg32@1024,tg128@1024,tg256@1024,pp8x2048 --json
+
+Over several ranks on one machine, of which the first prints:
+
+    torchrun --nproc-per-node 3 -m bench.offline --model default --compute exact --threads 1
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from bench.points import Point, parse_point, parse_points, run_points
 from bench.report import emit
 from bench.sequences import BLOCK_SIZE, SequenceDriver, blocks_of, load_bench_engine
+from engine.parallel.group import join_ranks
+from engine.parallel.world import world_from
 
 
 def measure(driver: SequenceDriver, point: Point) -> float:
@@ -82,9 +89,14 @@ def main() -> None:
     if arguments.device == "cuda":
         settings["max_sequences"] = max(point.sequences for point in points)
     num_blocks = blocks_for(points, BLOCK_SIZE)
-    driver = SequenceDriver(
-        load_bench_engine(arguments.model, settings, arguments.chunk_size, num_blocks), arguments.chunk_size
-    )
+    world = world_from(os.environ)
+    ranks = join_ranks(world, gpu=arguments.device == "cuda") if world is not None else None
+    engine = load_bench_engine(arguments.model, settings, arguments.chunk_size, num_blocks, ranks)
+    if ranks is not None and not ranks.leads:
+        assert engine.follow is not None
+        engine.follow()
+        return
+    driver = SequenceDriver(engine, arguments.chunk_size)
     if arguments.stdin:
         emit(measure_asked(driver), as_json=True)
     elif arguments.device == "cuda":
@@ -93,6 +105,8 @@ def main() -> None:
         emit(measure_points(driver, points, arguments.runs), as_json=arguments.json)
     else:
         emit(run_points(functools.partial(measure, driver), points, arguments.runs), as_json=arguments.json)
+    if ranks is not None:
+        ranks.close()
 
 
 if __name__ == "__main__":

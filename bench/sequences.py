@@ -15,6 +15,7 @@ from engine.block_pool import BlockPool
 from engine.block_table import BlockTable
 from engine.config import DEFAULT_NUM_BLOCKS, Settings
 from engine.loading import Engine, load_engine, resolve
+from engine.parallel.group import Ranks
 from engine.weights.checkpoint import read_config
 from tandem.models import resolve_model
 from tandem.record import SamplingParams
@@ -28,10 +29,12 @@ Advance = Callable[[int], None]
 """Called with the number of tokens that were computed since the last call."""
 
 
-def load_bench_engine(model: str, settings: Settings, chunk_size: int, num_blocks: int) -> Engine:
+def load_bench_engine(
+    model: str, settings: Settings, chunk_size: int, num_blocks: int, ranks: Ranks | None = None
+) -> Engine:
     """An engine for benchmarks: `settings` besides, and room for `num_blocks` blocks of BLOCK_SIZE tokens.
 
-    `model` may be "random:SHAPE" (`bench.random_weights`).
+    `model` may be "random:SHAPE" (`bench.random_weights`). With `ranks` it is this rank's.
 
     What is loaded is left out of garbage collections from then on, as the services do.
     """
@@ -44,7 +47,8 @@ def load_bench_engine(model: str, settings: Settings, chunk_size: int, num_block
         "max_step_tokens": max(chunk_size, SMALLEST_STEP),
     }
     config = read_config(path) if checkpoint is None else checkpoint.config
-    engine = load_engine(resolve({**settings, **sizes}, config), checkpoint=checkpoint)
+    resolved = resolve({**settings, **sizes}, config, ranks.size if ranks is not None else 1)
+    engine = load_engine(resolved, checkpoint=checkpoint, ranks=ranks)
     gc.collect()
     gc.freeze()
     return engine

@@ -49,6 +49,8 @@ class Parts:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     step_costs: Mapping[int, float] = field(default_factory=dict)
     """Seconds of a step by its rows, as measured at the start."""
+    other_blocks: tuple[memoryview, ...] = ()
+    """With several ranks: `blocks` of rank 1 and up."""
 
 
 @dataclass(slots=True)
@@ -81,6 +83,10 @@ def assemble(
     pool = BlockPool(
         identity.total_blocks, identity.layout.block_size, prefix_cache=parts.prefix_cache, generations=generations
     )
+    pools = [
+        PoolView(blocks, identity.layout.block_bytes, identity.total_blocks, generations)
+        for blocks in (parts.blocks, *parts.other_blocks)
+    ]
     for borrower in parts.speculation.borrowers:
         borrower.borrow(pool)
     speculator = Speculator(parts.speculation, parts.scheduler.vocab_size, StepCosts(parts.step_costs))
@@ -88,7 +94,8 @@ def assemble(
         identity,
         Scheduler(parts.scheduler, pool, speculator),
         parts.runner,
-        PoolView(parts.blocks, identity.layout.block_bytes, identity.total_blocks, generations),
+        pools[0],
+        pools[1:],
         metrics=StepMetrics(metrics) if metrics is not None else None,
         stream_limit=parts.stream_limit,
     )

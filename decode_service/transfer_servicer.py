@@ -54,6 +54,7 @@ class TransferServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
             numerics_id=identity.numerics_id,
             transports=transports,
             convert_dtype=identity.convert_kv_dtype,
+            other_pools=worker.other_pools,
             staging=StagingPool(),
         )
 

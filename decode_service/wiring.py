@@ -12,7 +12,11 @@ from decode_service.speculation.calibration import measure
 from decode_service.speculation.config import SpeculationConfig
 from decode_service.speculation.model_proposers import with_models
 from engine.loading import Engine
+from engine.parallel.group import Ranks
+from tandem.errors import ConfigError
 from worker import loading, process
+from worker.pools import Pools
+from worker.ranks import follow, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,8 @@ class Loaded:
     engine: Engine
     costs: dict[int, float]
     speculation: SpeculationConfig
+    other_blocks: tuple[memoryview, ...] = ()
+    """With several ranks: the KV memory of rank 1 and up."""
 
 
 def speculation_of(engine: Engine, flags: Flags) -> SpeculationConfig:
@@ -30,9 +36,18 @@ def speculation_of(engine: Engine, flags: Flags) -> SpeculationConfig:
     return SpeculationConfig() if unasked else flags.speculation
 
 
-def load(flags: Flags) -> Loaded:
+def load(flags: Flags, ranks: Ranks | None = None) -> Loaded:
     """Load the model; blocking. Raises ConfigError."""
-    engine = loading.load(flags)
+    if ranks is not None and flags.speculation.models:
+        names = ", ".join(flags.speculation.models)
+        raise ConfigError(f"--speculation: {names} can't draft with several ranks (WORLD_SIZE); ngram and suffix can")
+    pools = Pools(ranks)
+    engine = loading.load(flags, pools.make if ranks is not None else None, ranks, sends=False)
+    return replace(_measured(engine, flags), other_blocks=tuple(pool.buffer for pool in pools.all[1:]))
+
+
+def _measured(engine: Engine, flags: Flags) -> Loaded:
+    """With what drafts, and what steps cost where that matters."""
     config = engine.engine_config
     speculation = with_models(speculation_of(engine, flags), flags, engine)
     if not speculation.proposers:
@@ -47,9 +62,10 @@ def parts_of(
     metrics_address: str,
     step_costs: Mapping[int, float] | None = None,
     speculation: SpeculationConfig | None = None,
+    other_blocks: tuple[memoryview, ...] = (),
 ) -> Parts:
     """A loaded engine's identity and limits. `step_costs`: seconds of its steps by their rows; `speculation`: with the
-    proposers that need a model.
+    proposers that need a model; `other_blocks`: see `Loaded`.
     """
     speculation = speculation_of(engine, flags) if speculation is None else speculation
     identity = loading.identity_of(engine, flags, metrics_address)
@@ -70,20 +86,24 @@ def parts_of(
         engine.engine_config.prefix_cache,
         speculation=speculation,
         step_costs=step_costs or {},
+        other_blocks=other_blocks,
     )
 
 
 async def serve(flags: Flags) -> int:
     """The whole life of the process. Returns its exit code; raises ConfigError at start."""
-    return await process.serve(
-        "decode",
-        flags,
-        lambda: load(flags),
-        lambda loaded, address, metrics, tls: assemble(
-            parts_of(loaded.engine, flags, address, loaded.costs, loaded.speculation),
-            flags.listen,
-            metrics,
-            tls,
-            flags.health,
-        ),
-    )
+    async with joined(flags) as ranks:
+        if ranks is not None and not ranks.leads:
+            return follow(flags, ranks, sends=False)
+        return await process.serve(
+            "decode",
+            flags,
+            lambda: load(flags, ranks),
+            lambda loaded, address, metrics, tls: assemble(
+                parts_of(loaded.engine, flags, address, loaded.costs, loaded.speculation, loaded.other_blocks),
+                flags.listen,
+                metrics,
+                tls,
+                flags.health,
+            ),
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from decode_service.engine_loop import EngineLoop
 from decode_service.events import Admission, Event, Tokens
@@ -34,13 +34,16 @@ class DecodeWorker(Worker[OutputStream]):
         scheduler: Scheduler,
         runner: StepRunner,
         pool_memory: PoolMemory,
+        other_pools: Sequence[PoolMemory] = (),
         *,
         metrics: StepMetrics | None = None,
         stream_limit: int = DEFAULT_LIMIT,
     ) -> None:
-        """`pool_memory` is the KV cache's memory, into which transfers copy. `stream_limit` is in tokens per client."""
+        """`pool_memory` is the KV cache's memory, into which transfers copy; `other_pools` that of rank 1 and up.
+        `stream_limit` is in tokens per client.
+        """
         super().__init__(identity)
-        self.pool_memory = pool_memory
+        self.pool_memory, self.other_pools = pool_memory, tuple(other_pools)
         self.metrics = metrics
         self.leases = LeaseTable(identity.incarnation, scheduler.pool.block_size)
         self.engine = EngineLoop(

@@ -11,6 +11,7 @@ import torch
 
 from engine.config import (
     BY_FREE_MEMORY,
+    DeviceKind,
     EngineConfig,
     ModelConfig,
     Settings,
@@ -29,6 +30,8 @@ from engine.models.int8_loader import load_int8_model
 from engine.models.loader import load_model
 from engine.models.numerics import numerics_id
 from engine.models.transformer import Model, Progress
+from engine.parallel.group import Ranks
+from engine.parallel.sharding import SPLIT_COMPUTES, check_degree
 from engine.runner import Runner
 from engine.weights import Checkpoint, checkpoint_id, open_checkpoint
 from kernels import dispatch
@@ -44,13 +47,15 @@ NOT_INVARIANT_WARNING = (
 )
 
 
-def resolve(settings: Settings, model_config: ModelConfig) -> EngineConfig:
+def resolve(settings: Settings, model_config: ModelConfig, ranks: int = 1) -> EngineConfig:
     """`resolve_engine_config` for this machine: device "auto" is a GPU where torch sees one; on a CPU compute "auto" is
-    "int8" where that is fast and the model's shape fits.
+    "int8" where that is fast and the model's shape fits. `ranks` share the model; what is said of memory is of all.
 
     Raises ConfigError, also for a device or a compute that can't be had.
     """
-    found = resolve_device(settings, "cuda" if torch.cuda.is_available() else "cpu")
+    if ranks > 1:
+        return _resolve_for_ranks(settings, model_config, ranks)
+    found = found_device(settings)
     if found == "cuda":
         return resolve_engine_config(settings, model_config, found=found)
     reason = step_shape(model_config).why_not()
@@ -62,9 +67,30 @@ def resolve(settings: Settings, model_config: ModelConfig) -> EngineConfig:
     return resolve_engine_config(settings, model_config, fastest="int8" if fits else "exact")
 
 
+def found_device(settings: Settings) -> DeviceKind:
+    """The device that `settings` ask for on this machine. Raises ConfigError for a word that names none."""
+    return resolve_device(settings, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _resolve_for_ranks(settings: Settings, model_config: ModelConfig, ranks: int) -> EngineConfig:
+    """The fused int8 step is one call for the whole model, so there is nothing between layers to sum; and a GPU's
+    products that round to a weight's or a row's largest would round to a part's.
+    """
+    check_degree(model_config, ranks)
+    config = resolve_engine_config(settings, model_config, found=found_device(settings))
+    if config.compute not in SPLIT_COMPUTES:
+        raise ConfigError(
+            f"compute: {config.compute} can't be split over ranks (WORLD_SIZE); use exact or bf16, on a GPU native"
+        )
+    return config
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded engine. `model_id` and `numerics_id` decide with whom its KV may be shared."""
+    """A loaded engine. `model_id` and `numerics_id` decide with whom its KV may be shared.
+
+    It may be one rank's of several: `runner` computes with all of them and is rank 0's to use; the others `follow`.
+    """
 
     model_config: ModelConfig
     engine_config: EngineConfig
@@ -72,6 +98,10 @@ class Engine:
     numerics_id: str
     kv_cache: KVCache | DeviceKVCache
     runner: Runner
+    degree: int = 1
+    """Ranks that share the model."""
+    follow: Callable[[], None] | None = None
+    """Of other ranks than 0: compute what that sends; returns when it ends in order. The process ends if it doesn't."""
 
 
 MIRROR_SHARE: Final = 0.25
@@ -87,17 +117,26 @@ def load_engine(
     *,
     checkpoint: Checkpoint | None = None,
     transfers: bool = False,
+    ranks: Ranks | None = None,
+    sends: bool = True,
 ) -> Engine:
     """Load the model and reserve the cache; blocking. With `buffer_factory` the caller supplies the cache's memory.
 
-    `checkpoint` is one that is open already; it is closed here. `transfers`: see `load_on_device`. Raises
-    ModelFormatError for the model, ConfigError for what the machine can't give.
+    `checkpoint` is one that is open already; it is closed here. `transfers`: see `load_on_device`. With `ranks` this
+    process's part of the model and of the cache (`engine.parallel.loading`). Raises ModelFormatError for the model,
+    ConfigError for what the machine can't give.
     """
     if engine_config.threads is not None:
         torch.set_num_threads(engine_config.threads)
     opened = checkpoint or open_checkpoint(engine_config.model)
     try:
         identity = checkpoint_id(opened)
+        if ranks is not None:
+            from engine.parallel.loading import load_rank  # late: it puts together what is here
+
+            return load_rank(
+                opened, identity, engine_config, ranks, buffer_factory, progress, transfers=transfers, sends=sends
+            )
         if engine_config.device == "cuda":
             return load_on_device(
                 opened,
@@ -120,9 +159,7 @@ def _load_on_cpu(
     buffer_factory: BufferFactory | None,
     progress: Progress | None,
 ) -> Engine:
-    implementation = dispatch.select()
-    if engine_config.compute == "exact" and not implementation.row_invariant:
-        logger.warning(NOT_INVARIANT_WARNING, implementation.name)
+    implementation = cpu_implementation(engine_config)
     model = _load_model(checkpoint, identity, engine_config, progress)
     block_bytes, _ = kv_bytes(checkpoint.config, engine_config)
     buffer = buffer_factory(engine_config.num_blocks, block_bytes) if buffer_factory is not None else None
@@ -135,6 +172,14 @@ def _load_on_cpu(
         kv_cache=kv_cache,
         runner=Runner(model, kv_cache, engine_config),
     )
+
+
+def cpu_implementation(engine_config: EngineConfig) -> Implementation:
+    """What computes here; warns when it can't keep the promise of compute exact."""
+    implementation = dispatch.select()
+    if engine_config.compute == "exact" and not implementation.row_invariant:
+        logger.warning(NOT_INVARIANT_WARNING, implementation.name)
+    return implementation
 
 
 def load_on_device(

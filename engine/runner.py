@@ -16,7 +16,7 @@ from engine.models.fused import FusedModel
 from engine.models.meta import ForwardMeta, Predictions
 from engine.models.skipping import KeptCache
 from engine.models.transformer import Model
-from engine.placing import place, rows_to_sample
+from engine.placing import Placing, place, rows_to_sample
 from engine.sampler import greedy_rows, sample
 from kernels.blocks import copy_blocks
 from tandem.errors import ConfigError, InternalError
@@ -91,13 +91,15 @@ class Runner:
             self._steps.warm_up()
 
 
-class _Done:
+class Done:
     """A step that was over when its launch returned."""
 
     def __init__(self, output: StepOutput) -> None:
+        """`output` is what it brought."""
         self._output = output
 
     def collect(self) -> StepOutput:
+        """See `Launched`."""
         return self._output
 
 
@@ -120,12 +122,12 @@ class HostSteps:
         """See `Steps`."""
         copy_blocks(self._kv.blocks, batch.copies)
         if not batch.slices:
-            return _Done(StepOutput([]))
+            return Done(StepOutput([]))
         if any(part.follows is not None for part in batch.slices):
             raise InternalError("a step on the CPU follows nothing: it is over when it was launched")
         token_ids, meta = build_meta(batch.slices, self._block_size)
         rows = sampled_rows(batch.slices, meta)
-        return _Done(sample(batch, self._step(batch, token_ids, meta, rows)))
+        return Done(sample(batch, self._step(batch, token_ids, meta, rows)))
 
     def _step(self, batch: Batch, token_ids: torch.Tensor, meta: ForwardMeta, rows: torch.Tensor) -> Predictions:
         if self.features is None or not isinstance(self._model, Model):
@@ -141,7 +143,11 @@ def build_meta(slices: Sequence[Slice], block_size: int) -> tuple[torch.Tensor, 
 
     Raises InternalError for an empty slice or one that its block table doesn't cover.
     """
-    placing = place(slices, block_size)
+    return inputs_of(place(slices, block_size))
+
+
+def inputs_of(placing: Placing) -> tuple[torch.Tensor, ForwardMeta]:
+    """The same of rows that are placed."""
     meta = ForwardMeta(
         positions=torch.from_numpy(placing.positions),
         slots=torch.from_numpy(placing.slots),

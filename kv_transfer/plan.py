@@ -2,8 +2,8 @@
 
 Tokens decide: position t is slot t % S of the sender's block t // S, and slot t % R of the reader's block t // R,
 whatever S and R are. Heads decide between ranks: every rank holds a run of the model's KV heads, so each of the
-reader's ranks takes runs of heads from one or more of the sender's ranks. A real worker with tensor parallelism runs
-`TransferPlan.heads[rank]` in each rank's own process; nothing else of the plan depends on the rank.
+reader's ranks takes runs of heads from one or more of the sender's ranks (`TransferPlan.heads[rank]`); nothing else of
+the plan depends on the rank.
 
 Room for what isn't built: a push by layers would cut `Piece`s along the layer axis as well, since elements of one layer
 are contiguous in a block; fetching a prefix from another worker is the same plan with the sides exchanged, and so is a

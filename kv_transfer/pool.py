@@ -15,6 +15,7 @@ import mmap
 import os
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,17 +84,19 @@ class LocalPool:
 class SharedPool:
     """A pool in a memfd: [header | generations | blocks], sealed against shrinking, growing and new writers."""
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
-        """Reserve the memory. Raises ConfigError where that fails or the system has no memfd."""
+    def __init__(self, num_blocks: int, block_bytes: int, lend: Callable[[int], None] | None = None) -> None:
+        """Reserve the memory. `lend` gives the descriptor to one more writer, who has mapped it (`map_lent`) when it
+        returns. Raises ConfigError where that fails or the system has no memfd.
+        """
         _check_sizes(num_blocks, block_bytes)
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
-        generations_at = _PAGE
-        blocks_at = _round_up(generations_at + 8 * num_blocks)
-        size = blocks_at + num_blocks * block_bytes
+        generations_at, blocks_at, size = _places(num_blocks, block_bytes)
         fd = _create_memfd(size)
         try:
             self._map = _map(fd, size)
+            if lend is not None:
+                lend(fd)
             _seal(fd)
             # A description of its own, so that whoever gets it can't write through it.
             self._read_only_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -121,6 +124,22 @@ class SharedPool:
             self.generations = memoryview(b"").cast("Q")
             self.buffer = memoryview(b"")
             del self._map
+
+
+def map_lent(fd: int, num_blocks: int, block_bytes: int) -> memoryview:
+    """The blocks of a SharedPool that another process has made and lends, to be written: uint8 [num_blocks *
+    block_bytes]. The descriptor stays the caller's. Raises ConfigError when it holds something else.
+    """
+    _, blocks_at, size = _places(num_blocks, block_bytes)
+    if (found := os.fstat(fd).st_size) != size:
+        raise ConfigError(f"memory of {found} bytes was lent for {num_blocks} blocks of {block_bytes} bytes")
+    return memoryview(_map(fd, size))[blocks_at:size]
+
+
+def _places(num_blocks: int, block_bytes: int) -> tuple[int, int, int]:
+    """Of a shared pool: where generations begin, where blocks begin, where it ends."""
+    blocks_at = _round_up(_PAGE + 8 * num_blocks)
+    return _PAGE, blocks_at, blocks_at + num_blocks * block_bytes
 
 
 def _check_sizes(num_blocks: int, block_bytes: int) -> None:

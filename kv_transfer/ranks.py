@@ -4,8 +4,8 @@ A worker's ranks share one scheduler, so a block id means the same tokens in eve
 the blocks of all. What differs by rank travels rank after rank: endpoints (`join_endpoints`), and, where bytes ride in
 the stream, payload and checksums. `TransferPlan.heads` says which of them a rank of the receiver reads.
 
-The engines here have one rank. With more, rank 0's process holds the session and each rank's process copies for its own
-pool: `Landing` is cut by rank for that. Until then all ranks are simulated in one process.
+A worker's ranks run on one machine, and rank 0's process maps the pools of all (`worker.pools`): it has both ends, and
+copies for all.
 """
 
 from __future__ import annotations

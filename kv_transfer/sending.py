@@ -132,7 +132,7 @@ class SendSession:
             self._unacknowledged.add(self._sequence)
         self._sequence += 1
         self._offered_end = end
-        self.bytes_offered += len(blocks) * self._sender.layout.block_bytes
+        self.bytes_offered += len(blocks) * self._sender.layout.block_bytes * self._sender.layout.tp_size
         return offer
 
     def _next_end(self) -> int | None:

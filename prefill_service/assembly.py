@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from engine.batch import StepRunner
 from engine.block_pool import BlockPool
 from kv_transfer.pool import PoolMemory
+from kv_transfer.ranks import RankedGenerations, RankedSource
 from kv_transfer.registry import source_transport
+from kv_transfer.transport import SourceTransport
 from prefill_service.config import SchedulerConfig
 from prefill_service.metrics import StepMetrics
 from prefill_service.scheduler import Scheduler
@@ -33,6 +35,13 @@ class Parts:
     runner: StepRunner
     memory: PoolMemory
     prefix_cache: bool = True
+    other_memories: tuple[PoolMemory, ...] = ()
+    """With several ranks: of rank 1 and up."""
+
+    @property
+    def memories(self) -> tuple[PoolMemory, ...]:
+        """One a rank."""
+        return (self.memory, *self.other_memories)
 
 
 @dataclass(slots=True)
@@ -59,15 +68,21 @@ def assemble(
         identity.total_blocks,
         identity.layout.block_size,
         prefix_cache=parts.prefix_cache,
-        generations=parts.memory.generations,
+        generations=RankedGenerations(parts.memories) if parts.other_memories else parts.memory.generations,
     )
     scheduler = Scheduler(parts.scheduler, pool)
     admit = callers({SERVICE: ROLE_NAMES["gateway"]}) if tls is not None else None
     shell = ServerShell("prefill", listen, tls=tls, admit=admit, health=health)
-    transports = {name: source_transport(name, parts.memory, identity.incarnation) for name in identity.transports}
+    transports = {name: _source(name, parts) for name in identity.transports}
     worker = PrefillWorker(
         identity, scheduler, parts.runner, transports, StepMetrics(metrics) if metrics is not None else None, tls
     )
     prefill_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(worker), shell.server)
     shell.add_service(SERVICE)
     return Assembly(shell, worker, scheduler)
+
+
+def _source(name: str, parts: Parts) -> SourceTransport:
+    """The transport's end over the pools of all ranks."""
+    ends = [source_transport(name, memory, parts.identity.incarnation) for memory in parts.memories]
+    return ends[0] if len(ends) == 1 else RankedSource(ends)

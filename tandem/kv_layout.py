@@ -38,6 +38,8 @@ STAGING_SLOT_BYTES = 64 << 20
 """What the reader has for the sender's blocks that one of its own is made of."""
 KV_NUMERICS = "kv-"
 """Begins the part of a numerics id that names the KV dtype; the parts are joined by "/"."""
+RANK_NUMERICS = "tp-"
+"""Begins the part that says over how many ranks sums are taken, where that decides bits and is more than 1."""
 _LIMIT = 1 << 20
 _MAX_BLOCK_BYTES = 1 << 31
 
@@ -158,14 +160,16 @@ def staged_bytes(source: KvLayout, target: KvLayout) -> int:
 
 
 def same_numerics(prefill: str, decode: str, *, convert_dtype: bool = False) -> bool:
-    """True when KV that one numerics id names is as good as the other's; `convert_dtype`: in whatever KV dtype."""
+    """True when KV that one numerics id names is as good as the other's; `convert_dtype`: in whatever KV dtype, and
+    whatever the order of sums over ranks: both change what is rounded.
+    """
     if prefill == decode or not convert_dtype:
         return prefill == decode
-    return _without_kv(prefill) == _without_kv(decode)
+    return _but_for_rounding(prefill) == _but_for_rounding(decode)
 
 
-def _without_kv(numerics_id: str) -> list[str]:
-    return [part for part in numerics_id.split("/") if not part.startswith(KV_NUMERICS)]
+def _but_for_rounding(numerics_id: str) -> list[str]:
+    return [part for part in numerics_id.split("/") if not part.startswith((KV_NUMERICS, RANK_NUMERICS))]
 
 
 def _why_not(prefill: KvLayout, decode: KvLayout, convert_dtype: bool) -> str:

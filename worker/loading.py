@@ -1,4 +1,4 @@
-"""A loaded engine and what it is. The one module of this room that imports torch."""
+"""A loaded engine and what it is. With `ranks` the one module of this room that imports torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.loading import BufferFactory, Engine, load_engine, resolve
+from engine.parallel.group import Ranks
 from engine.weights.checkpoint import read_config
 from kernels import kv_order
 from kv_transfer.registry import host_id
@@ -19,15 +20,27 @@ from worker.identity import WorkerIdentity
 ORDERS = {kv_order.PLAIN: DEFAULT_ORDER, kv_order.PAIRED: PAIRED_ORDER}
 
 
-def load(flags: Flags, make_buffer: BufferFactory | None = None) -> Engine:
-    """Load the model and warm it up; blocking. `make_buffer` gives the KV cache's memory. Raises ConfigError."""
-    model = str(resolve_model(str(flags.engine["model"])))
-    config = resolve({**flags.engine, "model": model}, read_config(model))
-    engine = load_engine(config, make_buffer, transfers=True)
+def load(
+    flags: Flags, make_buffer: BufferFactory | None = None, ranks: Ranks | None = None, *, sends: bool = True
+) -> Engine:
+    """Load the model and warm it up; blocking. `make_buffer` gives the KV cache's memory; `sends`: what steps write is
+    read from there. Raises ConfigError.
+
+    With `ranks` it is rank 0's part, and the others have loaded theirs.
+    """
+    engine = load_part(flags, make_buffer, ranks, sends=sends)
     engine.runner.warm_up()
     gc.collect()
     gc.freeze()  # what is loaded stays: the collector need not look at it again in the middle of a step
     return engine
+
+
+def load_part(flags: Flags, make_buffer: BufferFactory | None, ranks: Ranks | None, *, sends: bool) -> Engine:
+    """This process's part of the model, or all of it; not warm. Raises ConfigError."""
+    model = str(resolve_model(str(flags.engine["model"])))
+    size = ranks.size if ranks is not None else 1
+    config = resolve({**flags.engine, "model": model}, read_config(model), size)
+    return load_engine(config, make_buffer, transfers=True, ranks=ranks, sends=sends)
 
 
 def identity_of(engine: Engine, flags: Flags, metrics_address: str) -> WorkerIdentity:
@@ -53,10 +66,10 @@ def identity_of(engine: Engine, flags: Flags, metrics_address: str) -> WorkerIde
 
 
 def layout_of(engine: Engine) -> KvLayout:
-    """How the engine's KV blocks lie in memory."""
-    model, config = engine.model_config, engine.engine_config
-    order = ORDERS[engine.kv_cache.order]
-    return KvLayout(config.block_size, config.kv_dtype, model.num_layers, model.num_kv_heads, model.head_dim, order)
+    """How the engine's KV blocks lie in memory, in each rank's."""
+    model, config, ranks = engine.model_config, engine.engine_config, engine.degree
+    heads, order = model.num_kv_heads // ranks, ORDERS[engine.kv_cache.order]
+    return KvLayout(config.block_size, config.kv_dtype, model.num_layers, heads, model.head_dim, order, ranks)
 
 
 def limits_of(engine: Engine, identity: WorkerIdentity) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the one before it is collected. Decode steps replay captured graphs where they c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,15 @@ class DeviceLaunched:
     results: Readback | None
     mirror: HostMirror | None = None
     outbound: Outbound | None = None
+    meet: Callable[[], None] | None = None
+    """Returns when what this step wrote is on the host in every rank; None: there is no other."""
 
     def collect(self) -> StepOutput:
         """See `engine.batch.Launched`."""
         if self.mirror is not None and self.outbound is not None:
             self.mirror.finish(self.outbound)
+            if self.meet is not None:
+                self.meet()
         drawn = iter(drawn_of(self.draws, *self.results.wait()) if self.results is not None else ())
         count = len(self.draws) + len(self.bad)
         return assemble(self.batch, [Drawn(BAD_ID) if i in self.bad else next(drawn) for i in range(count)])
@@ -75,6 +79,7 @@ class DeviceSteps:
         self._max_context = engine_config.context_limit(model.config)
         self._contexts = contexts_for(self._max_context)
         self._staging, self._progress = Staging(device), progress
+        self._vocabulary = model.config.vocab_size
         most = max(engine_config.max_sequences, engine_config.max_step_tokens)
         self._last = torch.zeros(most, dtype=torch.int32, device=device.torch)
         self._mirrors_out = mirrored
@@ -97,20 +102,19 @@ class DeviceSteps:
         if not batch.slices:
             return DeviceLaunched(batch, [], frozenset(), None)
         placing = place(batch.slices, self._block_size)
-        placing.check(self._model.config.vocab_size, self._kv.tensor.shape[0], self._max_context)
+        placing.check(self._vocabulary, self._kv.tensor.shape[0], self._max_context)
         asked = draws_of(batch)
-        vocabulary = self._model.config.vocab_size
-        bad = frozenset(i for i, draw in enumerate(asked) if edits_logits(draw) and not ids_fit(draw, vocabulary))
+        bad = frozenset(i for i, draw in enumerate(asked) if edits_logits(draw) and not ids_fit(draw, self._vocabulary))
         draws = [draw for i, draw in enumerate(asked) if i not in bad] if bad else asked
         results = self._run(batch, placing, draws, _sources(batch, placing))
         readback = Readback(self._device, results) if draws else None
-        return DeviceLaunched(batch, draws, bad, readback, self._mirror, self._outbound(batch, placing))
+        return DeviceLaunched(batch, draws, bad, readback, self._mirror, self._outbound(batch.copies, placing))
 
-    def _outbound(self, batch: Batch, placing: Placing) -> Outbound | None:
+    def _outbound(self, copies: Sequence[tuple[int, int]], placing: Placing) -> Outbound | None:
         """What a prefill worker's step wrote, on its way to where transfers read it."""
         if self._mirror is None or not self._mirrors_out:
             return None
-        written = np.concatenate([placing.slots // self._block_size, [target for _, target in batch.copies]])
+        written = np.concatenate([placing.slots // self._block_size, [target for _, target in copies]])
         return self._mirror.start(np.unique(written).astype(np.int64))
 
     def _arrive(self, blocks: Sequence[int]) -> None:
@@ -124,13 +128,7 @@ class DeviceSteps:
             values = self.graphs.launch(key, placing, draws, sources)
             return DrawResults(values, *self._no_alternatives(len(draws)))
         rows, draws = self._rows(batch, placing, draws)
-        arrays: dict[str, npt.NDArray[Any]] = {**step_arrays(placing, sources), "rows": rows}
-        inputs = StepInputs(self._staging.put(arrays))
-        longest = next(context for context in self._contexts if context >= int(placing.context_lens.max()))
-        host = HostStep(placing.query_starts, placing.context_lens, placing.block_tables, longest)
-        self._model.backend.attention.plan(host)
-        ids, sampled = inputs.token_ids(self._last), inputs.tensors["rows"]
-        logits = self._model.step(ids, inputs.meta(host), self._kv, sampled).logits
+        logits = self._logits(placing, sources, rows)
         if not draws:
             return DrawResults(torch.zeros((3, 0), dtype=torch.int32), *self._no_alternatives(0))
         results = self._model.backend.operations.draw(logits, draws)
@@ -138,6 +136,16 @@ class DeviceSteps:
         count = min(len(draws), len(self._last))
         self._last[:count].copy_(results.values[0][:count])
         return results
+
+    def _logits(self, placing: Placing, sources: Sources | None, rows: Sources) -> Tensor:
+        """Launch an eager step: logits of `rows` [R, V]."""
+        arrays: dict[str, npt.NDArray[Any]] = {**step_arrays(placing, sources), "rows": rows}
+        inputs = StepInputs(self._staging.put(arrays))
+        longest = next(context for context in self._contexts if context >= int(placing.context_lens.max()))
+        host = HostStep(placing.query_starts, placing.context_lens, placing.block_tables, longest)
+        self._model.backend.attention.plan(host)
+        ids, sampled = inputs.token_ids(self._last), inputs.tensors["rows"]
+        return self._model.step(ids, inputs.meta(host), self._kv, sampled).logits
 
     def _rows(self, batch: Batch, placing: Placing, draws: list[Draw]) -> tuple[Sources, list[Draw]]:
         """Rows whose logits are wanted, int64 [R], and the draws from them: those that edit logits get their own."""

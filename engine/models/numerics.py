@@ -7,17 +7,17 @@ import torch
 from engine.config import EngineConfig
 from kernels import dispatch
 from kernels.dispatch import Implementation
-from tandem.kv_layout import KV_NUMERICS
+from tandem.kv_layout import KV_NUMERICS, RANK_NUMERICS
 
 VERSION = 1
 """Raised when the transformer's order of operations changes."""
 
 
-def numerics_id(engine_config: EngineConfig, kernels: Implementation) -> str:
+def numerics_id(engine_config: EngineConfig, kernels: Implementation, ranks: int = 1) -> str:
     """What decides a result's bits beside the model: compute, dtypes, kernels, torch (RoPE tables and bf16 products).
 
     `kernels` is `kernels.dispatch.select()`. Block size, batch, chunks and threads count with compute "bf16"
-    only.
+    only. So does the number of `ranks`, in whose order sums are, with computes that promise bits.
     """
     parts = (
         f"v{VERSION}",
@@ -26,6 +26,7 @@ def numerics_id(engine_config: EngineConfig, kernels: Implementation) -> str:
         f"{KV_NUMERICS}{engine_config.kv_dtype}",
         kernels.numerics,
         *([dispatch.int8_isa()] if engine_config.compute == "int8" and engine_config.device == "cpu" else []),
+        *([f"{RANK_NUMERICS}{ranks}"] if ranks > 1 and engine_config.compute == "exact" else []),
         f"torch-{torch.__version__}",
     )
     return "/".join(parts)

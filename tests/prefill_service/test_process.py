@@ -103,6 +103,7 @@ def fake_engine(num_blocks: int = 32) -> tuple[Any, Any]:
         numerics_id="numerics-1",
         kv_cache=SimpleNamespace(order="plain"),
         runner=runner,
+        degree=1,
     )
     return engine, memory
 
@@ -123,7 +124,7 @@ def prefill_request(decode: FakeDecode, record: Record, incarnation: str) -> pre
 
 async def test_sigterm_drains_and_exits_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     engine, memory = fake_engine()
-    monkeypatch.setattr(wiring, "load", lambda _flags: (engine, memory))
+    monkeypatch.setattr(wiring, "load", lambda *_: (engine, [memory]))
     decode = FakeDecode()
     await decode.start()
     process = asyncio.create_task(wiring.serve(parse_flags(["--model", "m", "--log-level", "warning"])))
@@ -167,7 +168,7 @@ async def test_sigterm_ends_a_worker_whose_engine_hangs(
 ) -> None:
     monkeypatch.setattr(pulse, "STEP_SECONDS", 0.5)
     engine, memory = fake_engine()
-    monkeypatch.setattr(wiring, "load", lambda _flags: (engine, memory))
+    monkeypatch.setattr(wiring, "load", lambda *_: (engine, [memory]))
     decode = FakeDecode()
     await decode.start()
     flags = parse_flags(["--model", "m", "--log-level", "warning", "--drain-grace", "0.2"])

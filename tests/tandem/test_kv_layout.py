@@ -129,6 +129,12 @@ def test_numerics_may_differ_in_the_kv_dtype_alone() -> None:
     assert not same_numerics(first, third, convert_dtype=True)
 
 
+def test_numerics_of_several_ranks_are_paired_where_rounding_is_allowed() -> None:
+    one, three = "v1/exact/kv-float32/x", "v1/exact/kv-float32/x/tp-3"
+    assert not same_numerics(one, three)
+    assert same_numerics(one, three, convert_dtype=True)
+
+
 @pytest.mark.parametrize("name", ["block_size", "num_layers", "num_kv_heads", "head_dim", "tp_size"])
 @pytest.mark.parametrize("value", [0, -1, (1 << 20) + 1])
 def test_impossible_numbers_name_the_field(name: str, value: int) -> None:

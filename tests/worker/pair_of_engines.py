@@ -68,6 +68,7 @@ class Pair:
     decode: Any
     decode_info: Any
     prefill_info: Any
+    prefill_address: str
     decode_address: str
     block_bytes: int
 
@@ -114,6 +115,18 @@ class Pair:
 
 
 @asynccontextmanager
+async def pair_at(prefill: str, decode: str) -> AsyncIterator[Pair]:
+    """Of workers that serve already."""
+    async with open_channel(prefill) as p_channel, open_channel(decode) as d_channel:
+        p_stub: Any = prefill_pb2_grpc.PrefillServiceStub(p_channel)
+        d_stub: Any = decode_pb2_grpc.DecodeServiceStub(d_channel)
+        d_info = (await d_stub.GetDecodeInfo(decode_pb2.GetDecodeInfoRequest())).info
+        p_info = (await p_stub.GetPrefillInfo(prefill_pb2.GetPrefillInfoRequest())).info
+        layout = p_info.layout
+        yield Pair(p_stub, d_stub, d_info, p_info, prefill, decode, layout.block_bytes * layout.tp_size)
+
+
+@asynccontextmanager
 async def pair_of_engines(model: Path, prefill: Sequence[str], decode: Sequence[str]) -> AsyncIterator[Pair]:
     """Each worker with its own flags."""
     common = ["--model", str(model), "--num-blocks", "96", "--threads", "1", "--no-share-weights"]
@@ -127,12 +140,8 @@ async def pair_of_engines(model: Path, prefill: Sequence[str], decode: Sequence[
     ]
     p_address, d_address = [await worker.start() for worker in workers]
     try:
-        async with open_channel(p_address) as p_channel, open_channel(d_address) as d_channel:
-            p_stub: Any = prefill_pb2_grpc.PrefillServiceStub(p_channel)
-            d_stub: Any = decode_pb2_grpc.DecodeServiceStub(d_channel)
-            d_info = (await d_stub.GetDecodeInfo(decode_pb2.GetDecodeInfoRequest())).info
-            p_info = (await p_stub.GetPrefillInfo(prefill_pb2.GetPrefillInfoRequest())).info
-            yield Pair(p_stub, d_stub, d_info, p_info, d_address, p_parts.identity.layout.block_bytes)
+        async with pair_at(p_address, d_address) as pair:
+            yield pair
     finally:
         for worker in workers:
             await worker.shell.server.stop(0)
