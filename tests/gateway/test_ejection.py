@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from gateway_fakes import Cluster, Front, expected, tokens_of, until
+from structlog.testing import capture_logs
 
 from gateway.breaker import Breaker, Ejecting
 from gateway.config import Patience
@@ -148,19 +149,17 @@ async def test_the_last_of_a_role_is_kept_and_that_is_said(
     cluster: Cluster,
     serve: Any,
     quick: dict[str, Any],
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """And one that was ejected is taken back when the others leave."""
     await cluster.start(prefill=1, decode=2)
     front = await serve(**quick)
     first, second = front.gateway.pool.decode
-    for worker in (first, second):
-        for _ in range(3):
-            worker.fault("broken", died=False)
+    with capture_logs() as lines:
+        for worker in (first, second):
+            for _ in range(3):
+                worker.fault("broken", died=False)
     assert (first.breaker.closed, second.breaker.closed) == (False, True)
-    logged = "".join(capfd.readouterr()) + caplog.text  # by whether a test before this one has set up logging
-    assert logged.count("it is kept") == 1
+    assert [line["log_level"] for line in lines if "it is kept" in line["event"]] == ["error"]
     front.gateway.pool.set_addresses([cluster.prefill[0].address], [first.address])
     assert first.ready
     await one(front)

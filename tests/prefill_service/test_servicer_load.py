@@ -130,13 +130,15 @@ async def test_a_long_step_silences_nobody() -> None:
 async def test_progress_comes_each_second() -> None:
     async with serving(chunk=4) as rig:
         rig.runner.hold()
-        call = asyncio.create_task(rig.prefill(rig.request(record_of(12, seed=1))))
+        call = rig.stub.Prefill(rig.request(record_of(12, seed=1)))
+        assert (await call.read()).WhichOneof("event") == "accepted"
         await until(rig.runner.waiting.is_set)
         rig.runner.permit()
-        await asyncio.sleep(1.3)  # the time is what is tested
+        progress = [(await asyncio.wait_for(call.read(), 5)).progress for _ in range(3)]
+        assert {(item.steps, item.computed_tokens) for item in progress[1:]} == {(2, 4)}
         rig.runner.free()
-        seen = await call
-        assert [(item.steps, item.computed_tokens) for item in seen.progress] == [(2, 4)]
+        while (await asyncio.wait_for(call.read(), 5)).WhichOneof("event") != "done":
+            pass
 
 
 async def test_metrics_have_the_names_of_the_field() -> None:
