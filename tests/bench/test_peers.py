@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.peers.environments import PeerError, run_logged
-from bench.peers.llamacpp import bench_command, can_repack, link_libraries, read_rate
+from bench.peers.llamacpp import Bench, bench_command, link_libraries, read_rate
 from bench.peers.llamacpp_quality import read_figures
 from bench.peers.processes import Measurement, measure_points
 from bench.peers.session import measure
@@ -114,15 +114,26 @@ def test_llama_batched_bench_gets_room_for_every_sequence() -> None:
         read_rate("out of memory", parse_point("pp512"))
 
 
-@pytest.mark.parametrize(("script", "repack"), [("exit 0", True), ("exit 1", True), ("kill -ILL $$", False)])
-def test_llama_cpp_keeps_its_weights_as_they_are_where_repacked_ones_crash_it(
-    tmp_path: Path, script: str, repack: bool
-) -> None:
-    program = tmp_path / "bench"
-    program.write_text(f"#!/bin/sh\n{script}\n")
+def test_llama_cpp_keeps_its_weights_as_they_are_once_repacked_ones_have_crashed_it(tmp_path: Path) -> None:
+    """However late that is."""
+    program, calls = tmp_path / "bench", tmp_path / "calls"
+    answer = json.dumps({"speed_tg": 7.0})
+    program.write_text(
+        f"#!/bin/sh\necho \"$@\" >> {calls}\n[ $(wc -l < {calls}) = 2 ] && kill -ILL $$\necho '{answer}'\n"
+    )
     program.chmod(0o755)
-    assert can_repack(program, "m.gguf") is repack
-    assert ("--no-repack" in bench_command(program, "m.gguf", parse_point("tg1"), repack=repack)) is not repack
+    bench = Bench(program, "m.gguf")
+    assert [bench.measure(parse_point("tg1")) for _ in range(3)] == [7.0, 7.0, 7.0]
+    assert ["--no-repack" in line for line in calls.read_text().splitlines()] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("signal", ["TERM", "ILL"])
+def test_llama_cpp_that_crashes_either_way_has_no_figure(tmp_path: Path, signal: str) -> None:
+    program = tmp_path / "bench"
+    program.write_text(f"#!/bin/sh\nkill -{signal} $$\n")
+    program.chmod(0o755)
+    with pytest.raises(RuntimeError, match="llama-batched-bench: exit -"):
+        Bench(program, "m.gguf").measure(parse_point("tg1"))
 
 
 def test_libraries_get_the_links_that_a_wheel_cannot_hold(tmp_path: Path) -> None:
