@@ -20,14 +20,17 @@ namespace tandem {
 
 static inline bool bf16_attention_fits(int64_t dim) { return dim % 32 == 0 && dim <= MAX_DIM; }
 
+constexpr int FEW_ROWS = 6;  // that many or fewer are reduced one by one
+constexpr int HEADS = 4;     // of one query that are taken together
+
 struct Bf16Scratch : AttentionRows {
     alignas(64) uint32_t keys[POSITIONS / 16][MAX_DIM / 2][16];  // of a tile in plain order, as are the values
     alignas(64) uint32_t values[POSITIONS / 2][MAX_DIM];
     alignas(64) uint32_t edges[2][MAX_DIM];  // pairs of which a row must not see one half
     // Whole tiles of rows are read.
-    alignas(64) uint32_t q[GROUP_ROWS + 15][MAX_DIM / 2];
+    alignas(64) uint32_t queries[(GROUP_ROWS + 15) * MAX_DIM / 2];  // [rows][dim / 2], without gaps: they would leave sets of the cache unused
     alignas(64) uint32_t weights[GROUP_ROWS + 15][POSITIONS / 2];
-    alignas(64) uint32_t seen[2][8][MAX_DIM];  // groups of positions at the ends of what rows see
+    alignas(64) uint32_t halves[HEADS][2][POSITIONS / 4][MAX_DIM];  // of tiles whose values don't lie as AMX takes them
     alignas(64) uint16_t decoded[2][POSITIONS][MAX_DIM];  // keys and values of codes in plain order
     alignas(64) float key_scales[POSITIONS], value_scales[POSITIONS];  // of codes, of the current tile
 };
@@ -246,7 +249,7 @@ inline void round_queries(const AttentionCall& call, const AttentionTask& task, 
     for (int64_t row = 0; row < task.count * width; ++row) {
         const float* q = call.q + ((query0 + task.query + row / width) * call.heads + task.kv_head * group + row % width) * call.dim;
         for (int64_t d = 0; d < call.dim; d += 32)
-            _mm512_store_si512(s.q[row] + d / 2, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(q + d + 16), _mm512_loadu_ps(q + d)));
+            _mm512_store_si512(s.queries + (row * call.dim + d) / 2, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(q + d + 16), _mm512_loadu_ps(q + d)));
     }
 }
 
@@ -254,50 +257,127 @@ inline void score_bf16_rows(int64_t dim, const Bf16Tile& tile, const Bf16Tile* n
     const KeyVectors keys{tile}, ahead{next ? *next : tile};
     for (int64_t row = first; row < last; row += MAX_ROWS) {
         const int64_t count = last - row < MAX_ROWS ? last - row : MAX_ROWS;
-        pairs_rows<4>(count, s.q[row], MAX_DIM / 2, keys, next && row == first ? &ahead : nullptr, dim / 2, s.scores + row * POSITIONS, POSITIONS,
+        pairs_rows<4>(count, s.queries + row * dim / 2, dim / 2, keys, next && row == first ? &ahead : nullptr, dim / 2, s.scores + row * POSITIONS, POSITIONS,
                       true);
     }
 }
 
-// 2^x for x <= 0, relative error under 1e-5: the results are rounded to bf16. Underflows to 0.
-static inline __m512 exp2_roughly(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(9.6181291e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+// 2^(x * unit) for x <= 0 and unit > 0, relative error about 1e-4: the results are rounded to bf16. 1 for 0; less than any normal number, which
+// bf16 has as 0, from a product of -126 on. NaNs stay.
+static inline __m512 exp2_roughly(__m512 x, __m512 unit, __m512 least) {
+    const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer in its last bits
+    x = _mm512_max_ps(least, x);
+    const __m512 t = _mm512_fmadd_ps(x, unit, magic), f = _mm512_fmsub_ps(x, unit, _mm512_sub_ps(t, magic));
+    __m512 p = _mm512_set1_ps(5.500892e-2f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4221097e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9328293e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
 }
 
-// `soften` of attention.h in powers of 2, its weights rounded to pairs of bf16.
-inline void soften_bf16(const AttentionCall& call, Bf16Scratch& s, int64_t row, int64_t dim) {
-    const float* scores = s.scores + row * POSITIONS;
-    const uint64_t all = ~(uint64_t)0;
-    const uint64_t seen = (all << s.begin[row]) & (all >> (POSITIONS - s.end[row]));
-    const __m512 unit = _mm512_set1_ps(call.scale * 1.44269504088896341f), none = _mm512_set1_ps(-INFINITY);
-    __m512 value[4];
+struct Larger {
+    __m512 operator()(__m512 a, __m512 b) const { return _mm512_max_ps(a, b); }
+};
+struct Sum {
+    __m512 operator()(__m512 a, __m512 b) const { return _mm512_add_ps(a, b); }
+};
+
+// Lane i of the result: the lanes of x[i] taken together, by halves, the same tree for each.
+template <class Together>
+inline __m512 reduce_rows(const __m512* x, const Together& together) {
+    static constexpr int PLACE[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // where the shuffles bring each
+    __m512 a[8];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 low = x[PLACE[i]], high = x[PLACE[i + 8]];
+        a[i] = together(_mm512_shuffle_f32x4(low, high, 0x44), _mm512_shuffle_f32x4(low, high, 0xEE));
+    }
+    for (int i = 0; i < 4; ++i) a[i] = together(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xDD));
+    for (int i = 0; i < 2; ++i) a[i] = together(_mm512_shuffle_ps(a[i], a[i + 2], 0x44), _mm512_shuffle_ps(a[i], a[i + 2], 0xEE));
+    return together(_mm512_shuffle_ps(a[0], a[1], 0x88), _mm512_shuffle_ps(a[0], a[1], 0xDD));
+}
+
+// The lanes of x taken together as `reduce_rows` does it.
+template <class Together>
+inline float reduce_row(__m512 x, const Together& together) {
+    x = together(x, _mm512_shuffle_f32x4(x, x, 0x4E));
+    x = together(x, _mm512_shuffle_f32x4(x, x, 0xB1));
+    x = together(x, _mm512_shuffle_ps(x, x, 0x4E));
+    return _mm512_cvtss_f32(together(x, _mm512_shuffle_ps(x, x, 0xB1)));
+}
+
+// The scores of a row, which lie at `slot`, as they count, from here on in their place: times their keys' scales, and nothing where the row must not see.
+inline void finish_scores(const AttentionCall& call, Bf16Scratch& s, int64_t row, int64_t slot) {
+    if (call.scales == nullptr && s.begin[row] == 0 && s.end[row] == POSITIONS) return;
+    const uint64_t all = ~(uint64_t)0, seen = (all << s.begin[row]) & (all >> (POSITIONS - s.end[row]));
+    float* scores = s.scores + slot * POSITIONS;
     for (int v = 0; v < 4; ++v) {
-        const __m512 by = call.scales ? _mm512_mul_ps(unit, _mm512_load_ps(s.key_scales + 16 * v)) : unit;
-        value[v] = _mm512_mask_mul_ps(none, (__mmask16)(seen >> 16 * v), _mm512_load_ps(scores + 16 * v), by);
+        const __m512 raw = _mm512_load_ps(scores + 16 * v), scaled = call.scales ? _mm512_mul_ps(raw, _mm512_load_ps(s.key_scales + 16 * v)) : raw;
+        _mm512_store_ps(scores + 16 * v, _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), (__mmask16)(seen >> 16 * v), scaled));
     }
-    const float best = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(value[0], value[1]), _mm512_max_ps(value[2], value[3])));
-    const float before = s.highest[row], now = best > before ? best : before;
-    for (int v = 0; v < 4; ++v) value[v] = _mm512_maskz_mov_ps((__mmask16)(seen >> 16 * v), exp2_roughly(_mm512_sub_ps(value[v], _mm512_set1_ps(now))));
-    const float total = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(value[0], value[1]), _mm512_add_ps(value[2], value[3])));
+}
+
+// Weights of a row from its scores, given the highest so far; stored as pairs of bf16. Returns their sum by lanes.
+inline __m512 weigh(const AttentionCall& call, Bf16Scratch& s, int64_t slot, __m512 unit, __m512 least, float highest) {
+    const float* scores = s.scores + slot * POSITIONS;
+    const __m512 now = _mm512_set1_ps(highest);
+    __m512 value[4];
+    for (int v = 0; v < 4; ++v) value[v] = exp2_roughly(_mm512_sub_ps(_mm512_load_ps(scores + 16 * v), now), unit, least);
+    const __m512 total = _mm512_add_ps(_mm512_add_ps(value[0], value[1]), _mm512_add_ps(value[2], value[3]));
     if (call.scales)
-        for (int v = 0; v < 4; ++v) value[v] = _mm512_maskz_mul_ps((__mmask16)(seen >> 16 * v), value[v], _mm512_load_ps(s.value_scales + 16 * v));
-    _mm512_store_si512(s.weights[row], (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
-    _mm512_store_si512(s.weights[row] + 16, (__m512i)_mm512_cvtne2ps_pbh(value[3], value[2]));
-    s.highest[row] = now;
-    if (now == before) {
-        s.total[row] = s.total[row] + total;
-        return;
+        for (int v = 0; v < 4; ++v) {
+            const __mmask16 some = _mm512_cmp_ps_mask(value[v], _mm512_set1_ps(1.17549435e-38f), _CMP_NLT_UQ);  // what is not seen has any scale
+            value[v] = _mm512_maskz_mul_ps(some, value[v], _mm512_load_ps(s.value_scales + 16 * v));
+        }
+    _mm512_store_si512(s.weights[slot], (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
+    _mm512_store_si512(s.weights[slot] + 16, (__m512i)_mm512_cvtne2ps_pbh(value[3], value[2]));
+    return total;
+}
+
+inline __m512 largest_scores(const Bf16Scratch& s, int64_t slot) {
+    const float* scores = s.scores + slot * POSITIONS;
+    const Larger larger;
+    return larger(larger(_mm512_load_ps(scores), _mm512_load_ps(scores + 16)), larger(_mm512_load_ps(scores + 32), _mm512_load_ps(scores + 48)));
+}
+
+// `soften` of attention.h in powers of 2, for rows [row, row + count) of at most 16, whose scores and weights lie from `slot` on.
+inline void soften_bf16(const AttentionCall& call, Bf16Scratch& s, int64_t row, int64_t count, int64_t dim, int64_t slot) {
+    const float power = call.scale * 1.44269504088896341f;
+    const __m512 unit = _mm512_set1_ps(power), least = _mm512_set1_ps(-126.3f / power);
+    const __mmask16 rows = (__mmask16)((1u << count) - 1);
+    alignas(64) __m512 each[16];
+    for (int64_t r = 0; r < count; ++r) finish_scores(call, s, row + r, slot + r), each[r] = largest_scores(s, slot + r);
+    __m512 best = _mm512_setzero_ps();
+    if (count > FEW_ROWS) {
+        for (int64_t r = count; r < 16; ++r) each[r] = _mm512_setzero_ps();
+        best = reduce_rows(each, Larger());
+    } else {
+        for (int64_t r = 0; r < count; ++r) best = _mm512_mask_mov_ps(best, (__mmask16)(1u << r), _mm512_set1_ps(reduce_row(each[r], Larger())));
     }
-    const __m512 shrink = exp2_roughly(_mm512_set1_ps(before == -INFINITY ? -200.0f : before - now));
-    s.total[row] = s.total[row] * _mm512_cvtss_f32(shrink) + total;
-    float* out = s.out + row * dim;
-    for (int64_t d = 0; d < dim; d += 16) _mm512_store_ps(out + d, _mm512_mul_ps(_mm512_load_ps(out + d), shrink));
+    const __m512 before = _mm512_maskz_loadu_ps(rows, s.highest + row), now = _mm512_max_ps(best, before);
+    // From nothing seen (-inf) to whatever is seen now, 0; and 1 where nothing changes.
+    const __m512 shrink = exp2_roughly(_mm512_sub_ps(before, now), unit, least);
+    const __mmask16 changed = _mm512_mask_cmp_ps_mask(rows, now, before, _CMP_NEQ_UQ);
+    alignas(64) float highest[16], factor[16];
+    _mm512_store_ps(highest, now);
+    _mm512_store_ps(factor, shrink);
+    for (int64_t r = 0; r < count; ++r) each[r] = weigh(call, s, slot + r, unit, least, highest[r]);
+    __m512 total = _mm512_setzero_ps();
+    if (count > FEW_ROWS)
+        total = reduce_rows(each, Sum());
+    else
+        for (int64_t r = 0; r < count; ++r) total = _mm512_mask_mov_ps(total, (__mmask16)(1u << r), _mm512_set1_ps(reduce_row(each[r], Sum())));
+    _mm512_mask_storeu_ps(s.highest + row, rows, now);
+    _mm512_mask_storeu_ps(s.total + row, rows, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(rows, s.total + row), shrink, total));
+    for (uint32_t left = changed; left != 0; left &= left - 1) {
+        const int64_t r = __builtin_ctz(left);
+        float* out = s.out + (row + r) * dim;
+        const __m512 by = _mm512_set1_ps(factor[r]);
+        for (int64_t d = 0; d < dim; d += 16) _mm512_store_ps(out + d, _mm512_mul_ps(_mm512_load_ps(out + d), by));
+    }
+}
+
+inline void soften_bf16_rows(const AttentionCall& call, Bf16Scratch& s, int64_t first, int64_t last, int64_t dim) {
+    for (int64_t row = first; row < last; row += 16) soften_bf16(call, s, row, last - row < 16 ? last - row : 16, dim, row);
 }
 
 // Puts a copy of pair `at` that keeps only `keep` in its place for its life time: a row that sees the other position only has a weight of 0
@@ -341,102 +421,141 @@ inline void add_bf16_values(int64_t dim, Bf16Tile& tile, const Bf16Tile* next, B
 
 #if TANDEM_TILES
 
-// The products of a task by AMX tiles, where the CPU has them. Sums are chains over 32 dims, or 16 positions, a step: free of the rows
-// beside a row, but not the bits of `pairs_tile`. Tiles 0 to 3: sums of four vectors; 4, 5: queries and weights; 6, 7: keys and values.
+// The products of a task by AMX tiles, where the CPU has them. Sums are chains over 32 dims, or 32 positions, a step: free of the rows
+// beside a row, but not the bits of `pairs_tile`. Tiles 0 to 3: sums of four vectors; 4: queries or weights; 5 to 7: keys or values.
 class AttentionTiles {
 public:
-    // For up to `rows` rows of a head at a time.
-    explicit AttentionTiles(int64_t rows) : hold_(shapes(rows < TILE_ROWS ? rows : (int64_t)TILE_ROWS)) {}
+    static constexpr int64_t PIECE = 32;  // positions that one instruction adds; its sums depend on which those are
 
-    // Scores of rows [first, last); those of up to 15 rows behind them are written too.
-    static void score(int64_t dim, const Bf16Tile& tile, Bf16Scratch& s, int64_t first, int64_t last) {
+    // Values of 32 positions of the tile, and where their weights begin. `stride`: between pairs of positions.
+    struct Piece {
+        const uint32_t* values;
+        int64_t stride, weights;
+    };
+    // Those of a tile that rows see.
+    struct Pieces {
+        Piece each[POSITIONS / PIECE];
+        int64_t count = 0;
+    };
+
+    // For up to `rows` rows of a head at a time.
+    explicit AttentionTiles(int64_t rows) : rows_(rows < TILE_ROWS ? rows : (int64_t)TILE_ROWS), hold_(shapes(rows_)) {}
+
+    // Scores of 16 rows from `row` on, written from `slot` on. There may be fewer.
+    static void score(int64_t dim, const Bf16Tile& tile, Bf16Scratch& s, int64_t row, int64_t slot) {
         TileHold::fence();
-        for (int64_t row = first; row < last; row += TILE_ROWS) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (int64_t i = 0; i < dim / 2; i += 16) {
-                const int64_t at = i * tile.stride, stride = tile.stride * 4;
-                _tile_loadd(4, s.q[row] + i, MAX_DIM / 2 * 4);
-                _tile_loadd(6, tile.keys[0] + at, stride);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(6, tile.keys[1] + at, stride);
-                _tile_dpbf16ps(1, 4, 6);
-                _tile_loadd(6, tile.keys[2] + at, stride);
-                _tile_dpbf16ps(2, 4, 6);
-                _tile_loadd(6, tile.keys[3] + at, stride);
-                _tile_dpbf16ps(3, 4, 6);
-            }
-            float* to = s.scores + row * POSITIONS;
-            _tile_stored(0, to, POSITIONS * 4);
-            _tile_stored(1, to + 16, POSITIONS * 4);
-            _tile_stored(2, to + 32, POSITIONS * 4);
-            _tile_stored(3, to + 48, POSITIONS * 4);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t i = 0; i < dim / 2; i += 16) {
+            const int64_t at = i * tile.stride, stride = tile.stride * 4;
+            _tile_loadd(4, s.queries + row * dim / 2 + i, dim / 2 * 4);
+            _tile_loadd(5, tile.keys[0] + at, stride);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(6, tile.keys[1] + at, stride);
+            _tile_dpbf16ps(1, 4, 6);
+            _tile_loadd(7, tile.keys[2] + at, stride);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_loadd(5, tile.keys[3] + at, stride);
+            _tile_dpbf16ps(3, 4, 5);
         }
+        float* to = s.scores + slot * POSITIONS;
+        _tile_stored(0, to, POSITIONS * 4);
+        _tile_stored(1, to + 16, POSITIONS * 4);
+        _tile_stored(2, to + 32, POSITIONS * 4);
+        _tile_stored(3, to + 48, POSITIONS * 4);
         TileHold::fence();
     }
 
-    // out += weights . values of the positions [begin, end) of the tile. A row's weight of what it doesn't see is 0; where there are NaNs
-    // or infinities that not all rows see, rows go one by one.
-    static void add_values(int64_t dim, const Bf16Tile& tile, Bf16Scratch& s, int64_t first, int64_t last, int64_t begin, int64_t end) {
-        const uint32_t* from[POSITIONS / 16];
-        int64_t stride[POSITIONS / 16];
-        const int64_t first_group = begin / 16, last_group = (end + 15) / 16;
-        for (int64_t g = first_group; g < last_group; ++g) {
-            const bool whole = begin <= g * 16 && g * 16 + 16 <= end;
-            from[g] = whole ? tile.values[g * 8] : seen_only(dim, tile, s, g, begin, end);
-            stride[g] = whole ? (tile.values[g * 8 + 1] - tile.values[g * 8]) * 4 : MAX_DIM * 4;
-            const bool several = last - first > 1;
-            if (several && !alike(s, first, last, g * 16 > begin ? g * 16 : begin, g * 16 + 16 < end ? g * 16 + 16 : end) && !finite(from[g], stride[g] / 4, dim)) {
-                for (int64_t row = first; row < last; ++row)
-                    if (s.begin[row] < s.end[row]) add_values(dim, tile, s, row, row + 1, s.begin[row], s.end[row]);
-                return;
-            }
+    // The values of positions [begin, end) of the tile, maybe copied to `halves`.
+    static Pieces values_of(int64_t dim, const Bf16Tile& tile, uint32_t (*halves)[POSITIONS / 4][MAX_DIM], int64_t begin, int64_t end) {
+        Pieces out;
+        for (int64_t half = begin / PIECE; half < (end + PIECE - 1) / PIECE; ++half) {
+            const int64_t from = half * PIECE > begin ? half * PIECE : begin, to = half * PIECE + PIECE < end ? half * PIECE + PIECE : end;
+            out.each[out.count++] = piece_of(dim, tile, halves[half][0], half, from, to);
         }
-        alignas(64) float sums[TILE_ROWS][64];
-        for (int64_t row = first; row < last; row += TILE_ROWS)
-            for (int64_t d = 0; d < dim; d += 64) {
-                const bool all = d + 64 <= dim;  // else 32
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-                TileHold::fence();
-                for (int64_t g = first_group; g < last_group; ++g) {
-                    const uint32_t* at = from[g] + d;
-                    _tile_loadd(5, s.weights[row] + g * 8, POSITIONS / 2 * 4);
-                    _tile_loadd(7, at, stride[g]);
-                    _tile_dpbf16ps(0, 5, 7);
-                    _tile_loadd(7, at + 16, stride[g]);
-                    _tile_dpbf16ps(1, 5, 7);
-                    if (!all) continue;
-                    _tile_loadd(7, at + 32, stride[g]);
-                    _tile_dpbf16ps(2, 5, 7);
-                    _tile_loadd(7, at + 48, stride[g]);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-                _tile_stored(0, sums[0], 64 * 4);
-                _tile_stored(1, sums[0] + 16, 64 * 4);
-                _tile_stored(2, sums[0] + 32, 64 * 4);
-                _tile_stored(3, sums[0] + 48, 64 * 4);
-                TileHold::fence();
-                for (int64_t r = 0; r < TILE_ROWS && row + r < last; ++r) {
-                    float* out = s.out + (row + r) * dim + d;
-                    for (int i = 0; i < (all ? 64 : 32); i += 16) _mm512_store_ps(out + i, _mm512_add_ps(_mm512_load_ps(out + i), _mm512_load_ps(sums[r] + i)));
-                }
+        return out;
+    }
+
+    // True when rows [first, last) may be taken together: each weight of what a row doesn't see is 0, which times a NaN or an infinity is none.
+    static bool together(int64_t dim, const Pieces& pieces, const Bf16Scratch& s, int64_t first, int64_t last, int64_t begin, int64_t end) {
+        return last - first == 1 || alike(s, first, last, begin, end) || finite(pieces, dim);
+    }
+
+    // out += weights . values for rows [row, row + count) of at most 16, whose weights lie from `slot` on.
+    void add(int64_t dim, const Pieces& pieces, Bf16Scratch& s, int64_t row, int64_t count, int64_t slot) const {
+        alignas(64) float some[TILE_ROWS][64];
+        for (int64_t d = 0; d < dim; d += 64) {
+            const int64_t width = dim - d < 64 ? dim - d : 64;
+            float* out = s.out + row * dim + d;
+            if (count == rows_) {
+                add_pieces(pieces, s.weights[slot], d, width == 64, out, dim);
+                continue;
             }
+            for (int64_t r = 0; r < count; ++r) std::memcpy(some[r], out + r * dim, (size_t)width * 4);
+            add_pieces(pieces, s.weights[slot], d, width == 64, some[0], 64);
+            for (int64_t r = 0; r < count; ++r) std::memcpy(out + r * dim, some[r], (size_t)width * 4);
+        }
     }
 
 private:
+    const int64_t rows_;
     TileHold hold_;
+
+    // Half a tile, of which rows see [from, to): in place if its pairs lie one behind the other and all are seen, else copied, with 0 for
+    // those that no row sees: 0 times an infinity would be NaN.
+    static Piece piece_of(int64_t dim, const Bf16Tile& tile, uint32_t* copy, int64_t half, int64_t from, int64_t to) {
+        const uint32_t* const* pairs = tile.values + half * PIECE / 2;
+        const int64_t stride = pairs[1] - pairs[0], first = half * PIECE;
+        if (to - from == PIECE && pairs[8] == pairs[0] + 8 * stride && pairs[9] == pairs[8] + stride) return {pairs[0], stride, first / 2};
+        for (int64_t i = 0; i < PIECE / 2; ++i) {
+            const int64_t at = first + 2 * i;
+            const uint32_t keep = (at >= from && at < to ? 0x0000FFFFu : 0u) | (at + 1 >= from && at + 1 < to ? 0xFFFF0000u : 0u);
+            const __m512i mask = _mm512_set1_epi32((int32_t)keep);
+            for (int64_t d = 0; d < dim; d += 16)
+                _mm512_store_si512(copy + i * dim + d, keep == 0 ? mask : _mm512_and_si512(_mm512_loadu_si512(pairs[i] + d), mask));
+        }
+        return {copy, dim, first / 2};
+    }
+
+    // to[rows][64 columns, or 32] += the pieces' weights . values of columns from d on. `stride`: of rows of `to`.
+    static void add_pieces(const Pieces& pieces, const uint32_t* weights, int64_t d, bool all, float* to, int64_t stride) {
+        TileHold::fence();
+        _tile_loadd(0, to, stride * 4);
+        _tile_loadd(1, to + 16, stride * 4);
+        if (all) {
+            _tile_loadd(2, to + 32, stride * 4);
+            _tile_loadd(3, to + 48, stride * 4);
+        }
+        for (int64_t i = 0; i < pieces.count; ++i) {
+            const Piece& piece = pieces.each[i];
+            const uint32_t* at = piece.values + d;
+            const int64_t bytes = piece.stride * 4;
+            _tile_loadd(4, weights + piece.weights, POSITIONS / 2 * 4);
+            _tile_loadd(5, at, bytes);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(6, at + 16, bytes);
+            _tile_dpbf16ps(1, 4, 6);
+            if (!all) continue;
+            _tile_loadd(7, at + 32, bytes);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_loadd(5, at + 48, bytes);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+        _tile_stored(0, to, stride * 4);
+        _tile_stored(1, to + 16, stride * 4);
+        if (all) {
+            _tile_stored(2, to + 32, stride * 4);
+            _tile_stored(3, to + 48, stride * 4);
+        }
+        TileHold::fence();
+    }
 
     static TileShapes shapes(int64_t rows) {
         TileShapes out;
         out.set(0, 5, rows, 64);
-        out.set(5, 6, rows, 32);
-        out.set(6, 7, 16, 64);
-        out.set(7, 8, 8, 64);
+        out.set(5, 8, 16, 64);
         return out;
     }
 
@@ -447,25 +566,17 @@ private:
         return true;
     }
 
-    // Whether 16 positions hold no NaN and no infinity.
-    static bool finite(const uint32_t* values, int64_t stride, int64_t dim) {
+    // Whether they hold no NaN and no infinity.
+    static bool finite(const Pieces& pieces, int64_t dim) {
         const __m512i exponent = _mm512_set1_epi16(0x7F80);
         uint32_t odd = 0;
-        for (int64_t pair = 0; pair < 8; ++pair)
-            for (int64_t d = 0; d < dim; d += 16)
-                odd |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(values + pair * stride + d), exponent), exponent);
+        for (int64_t i = 0; i < pieces.count; ++i)
+            for (int64_t pair = 0; pair < PIECE / 2; ++pair)
+                for (int64_t d = 0; d < dim; d += 16) {
+                    const __m512i values = _mm512_loadu_si512(pieces.each[i].values + pair * pieces.each[i].stride + d);
+                    odd |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(values, exponent), exponent);
+                }
         return odd == 0;
-    }
-
-    // A copy of a group of 16 positions with 0 for those that no row sees: 0 times an infinity would be NaN.
-    static const uint32_t* seen_only(int64_t dim, const Bf16Tile& tile, Bf16Scratch& s, int64_t group, int64_t begin, int64_t end) {
-        auto& copy = s.seen[group * 16 < begin ? 0 : 1];
-        for (int64_t pair = 0; pair < 8; ++pair) {
-            const int64_t at = group * 16 + pair * 2;
-            const uint32_t keep = (at >= begin && at < end ? 0x0000FFFFu : 0u) | (at + 1 >= begin && at + 1 < end ? 0xFFFF0000u : 0u);
-            for (int64_t d = 0; d < dim; ++d) copy[pair][d] = keep == 0 ? 0 : tile.values[group * 8 + pair][d] & keep;
-        }
-        return copy[0];
     }
 };
 
@@ -479,22 +590,78 @@ inline void ask_for(const Bf16Tile& tile, int64_t dim) {
 
 #endif
 
-// Scores, softmax and outputs of rows [first, last) over a tile of which any of them sees [begin, end).
-inline void attend_tile(const AttentionCall& call, Bf16Tile& tile, const Bf16Tile* next, Bf16Scratch& s, int64_t first, int64_t last, int64_t begin,
-                        int64_t end) {
+// Tiles of up to HEADS heads at the same positions, of which rows [first, last), `group` a head, see [begin, end).
+struct TileStep {
+    Bf16Tile tiles[HEADS];
+    int64_t heads = 0, start, begin, end, first, last;
+};
+
+// What is to be done next: of one query several heads where they can be read in place; else one head, whose rows are found by the caller.
+inline TileStep next_step(TileWalk& walk, Bf16Scratch& s, bool in_place, int64_t group) {
+    TileStep step;
+    step.start = walk.start, step.begin = walk.begin(), step.end = walk.end(), step.first = walk.head * group;
+    do {
+        if (in_place)
+            find_tile(walk, step.tiles[step.heads]);
+        else
+            load_tile(walk, s, step.tiles[step.heads]);
+        ++step.heads;
+        walk.advance();
+    } while (in_place && step.heads < HEADS && walk.head != 0);
+    step.last = step.first + step.heads * group;
+    return step;
+}
+
 #if TANDEM_TILES
-    if (Tiles::used()) {
-        if (next) ask_for(*next, call.dim);
-        AttentionTiles::score(call.dim, tile, s, first, last);
-        for (int64_t row = first; row < last; ++row) soften_bf16(call, s, row, call.dim);
-        AttentionTiles::add_values(call.dim, tile, s, first, last, begin, end);
+// Scores, softmax and outputs of the rows of one head by AMX tiles, 16 at a time: the scores of the next ones are under way while a
+// softmax is made, and nothing but queries and outputs leaves the first level of cache.
+inline void attend_head(const AttentionCall& call, const AttentionTiles& amx, const TileStep& step, Bf16Scratch& s) {
+    const int64_t dim = call.dim, first = step.first, last = step.last;
+    const Bf16Tile& tile = step.tiles[0];
+    const AttentionTiles::Pieces pieces = AttentionTiles::values_of(dim, tile, s.halves[0], step.begin, step.end);
+    if (!AttentionTiles::together(dim, pieces, s, first, last, step.begin, step.end)) {
+        for (int64_t row = first; row < last; ++row) {
+            if (s.begin[row] >= s.end[row]) continue;
+            AttentionTiles::score(dim, tile, s, row, 0);
+            soften_bf16(call, s, row, 1, dim, 0);
+            amx.add(dim, AttentionTiles::values_of(dim, tile, s.halves[0], s.begin[row], s.end[row]), s, row, 1, 0);
+        }
         return;
     }
+    AttentionTiles::score(dim, tile, s, first, 0);
+    for (int64_t row = first, slot = 0; row < last; row += TILE_ROWS, slot ^= TILE_ROWS) {
+        const int64_t count = last - row < TILE_ROWS ? last - row : (int64_t)TILE_ROWS;
+        if (row + count < last) AttentionTiles::score(dim, tile, s, row + count, slot ^ TILE_ROWS);
+        soften_bf16(call, s, row, count, dim, slot);
+        amx.add(dim, pieces, s, row, count, slot);
+    }
+}
+
+// The same for heads of one query, side by side: each would wait long for its own results.
+inline void attend_heads(const AttentionCall& call, const AttentionTiles& amx, const TileStep& step, Bf16Scratch& s) {
+    const int64_t dim = call.dim, group = (step.last - step.first) / step.heads;
+    AttentionTiles::Pieces pieces[HEADS];
+    for (int64_t h = 0; h < step.heads; ++h) pieces[h] = AttentionTiles::values_of(dim, step.tiles[h], s.halves[h], step.begin, step.end);
+    for (int64_t h = 0; h < step.heads; ++h)
+        for (int64_t row = step.first + h * group; row < step.first + (h + 1) * group; row += TILE_ROWS) AttentionTiles::score(dim, step.tiles[h], s, row, row);
+    soften_bf16_rows(call, s, step.first, step.last, dim);
+    for (int64_t h = 0; h < step.heads; ++h) {
+        const int64_t last = step.first + (h + 1) * group;
+        for (int64_t row = last - group; row < last; row += TILE_ROWS) amx.add(dim, pieces[h], s, row, last - row < TILE_ROWS ? last - row : (int64_t)TILE_ROWS, row);
+    }
+}
 #endif
-    (void)begin, (void)end;
-    score_bf16_rows(call.dim, tile, next, s, first, last);
-    for (int64_t row = first; row < last; ++row) soften_bf16(call, s, row, call.dim);
-    add_bf16_values(call.dim, tile, next, s, first, last);
+
+// The same by vectors; what comes next is asked for meanwhile.
+inline void attend_by_vectors(const AttentionCall& call, TileStep& step, const TileStep* next, Bf16Scratch& s) {
+    const int64_t group = (step.last - step.first) / step.heads;
+    for (int64_t h = 0; h < step.heads; ++h) {
+        const int64_t first = step.first + h * group, last = first + group;
+        const Bf16Tile* ahead = next && h < next->heads ? &next->tiles[h] : nullptr;
+        score_bf16_rows(call.dim, step.tiles[h], ahead, s, first, last);
+        soften_bf16_rows(call, s, first, last, call.dim);
+        add_bf16_values(call.dim, step.tiles[h], ahead, s, first, last);
+    }
 }
 
 inline void run_bf16_task(const AttentionCall& call, const AttentionTask& task) {
@@ -507,27 +674,31 @@ inline void run_bf16_task(const AttentionCall& call, const AttentionTask& task) 
     std::memset(s.out, 0, (size_t)(rows * dim) * 4);
     for (int64_t row = 0; row < rows; ++row) s.highest[row] = -INFINITY, s.total[row] = 0.0f;
 #if TANDEM_TILES
-    std::optional<AttentionTiles> hold;
-    if (Tiles::used()) hold.emplace(task.kv_heads == 1 ? rows : group);
+    std::optional<AttentionTiles> amx;
+    if (Tiles::used()) amx.emplace(task.kv_heads == 1 ? rows : group);
 #endif
     TileWalk walk(call, task);
-    Bf16Tile tiles[2];
     const bool in_place = call.paired && call.format == KV_BF16;
-    if (in_place) find_tile(walk, tiles[0]);
-    for (int which = 0; !walk.done(); which ^= 1) {
-        Bf16Tile &tile = tiles[which], *next = nullptr;
-        if (!in_place) load_tile(walk, s, tile);
-        const int64_t start = walk.start, begin = walk.begin(), end = walk.end();
-        // With several heads there is one query, and the head's rows all see the tile alike.
-        int64_t first = walk.head * group, last = first + group;
+    TileStep steps[2];
+    bool found = false;
+    for (int which = 0; found || !walk.done(); which ^= 1) {
+        TileStep &step = steps[which], *next = nullptr;
+        if (!found) step = next_step(walk, s, in_place, group);
+        found = false;
         if (task.kv_heads == 1)
-            visible_rows(call, task, span, start, s, first, last);
-        else
-            for (int64_t row = first; row < last; ++row) s.begin[row] = begin, s.end[row] = end;
-        walk.advance();
-        if (in_place && !walk.done()) find_tile(walk, *(next = &tiles[which ^ 1]));
+            visible_rows(call, task, span, step.start, s, step.first, step.last);
+        else  // there is one query, and the heads' rows all see the tile alike
+            for (int64_t row = step.first; row < step.last; ++row) s.begin[row] = step.begin, s.end[row] = step.end;
+        if (in_place && !walk.done()) *(next = &steps[which ^ 1]) = next_step(walk, s, in_place, group), found = true;
         if (call.scales && call.paired && !walk.done()) ask_for_codes(walk);
-        attend_tile(call, tile, next, s, first, last, begin, end);
+#if TANDEM_TILES
+        if (amx) {
+            for (int64_t h = 0; next && h < next->heads; ++h) ask_for(next->tiles[h], dim);
+            step.heads == 1 ? attend_head(call, *amx, step, s) : attend_heads(call, *amx, step, s);
+            continue;
+        }
+#endif
+        attend_by_vectors(call, step, next, s);
     }
     for (int64_t row = 0; row < rows; ++row) {
         const float scale = 1.0f / s.total[row];

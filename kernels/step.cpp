@@ -20,11 +20,15 @@ using namespace tandem;
 
 namespace {
 
+// The next task of a range that nobody has taken.
+struct Range {
+    alignas(64) std::atomic<int64_t> next{0};
+};
+
 // A phase's tasks: threads take them one after another, and the phase is over when all are done, whoever did them. A thread that other
 // processes keep from its core holds up nobody as long as it holds no task; when it is back it runs through what was done without it.
 struct Phase {
-    alignas(64) std::atomic<int64_t> next{0};
-    std::atomic<int64_t> done{0};
+    alignas(64) std::atomic<int64_t> done{0};
 
     // Waits spin a while, since phases are short, then let others run.
     void finish(int64_t mine, int64_t count) {
@@ -156,17 +160,28 @@ struct Largest {
     }
 };
 
+constexpr int64_t OWN_ROWS = 64;  // a thread
+
 struct Run {
     const ModelArgs& m;
     const StepArgs& s;
     Workspace w;
     std::vector<AttentionTask> tasks;
+    // Of many rows each thread begins with its own, in all phases: what a row became is still in that core's cache, and comes from the
+    // other's far more slowly than weights, which both then read, from the memory they share. Worth it where products don't take longer.
+    const bool own_rows;
     std::vector<Phase> phases;
+    std::vector<Range> ranges;     // [phases][threads]
     std::vector<Largest> largest;  // [threads][num_rows], when some rows are greedy
     const bool crowded = Crowd::here();
 
     Run(const ModelArgs& model, const StepArgs& step)
-        : m(model), s(step), w(model, step.tokens, step.num_rows, (char*)step.workspace), phases((size_t)(10 * model.num_layers + 3)) {
+        : m(model),
+          s(step),
+          w(model, step.tokens, step.num_rows, (char*)step.workspace),
+          own_rows(Tiles::used() && step.tokens >= OWN_ROWS * step.threads),
+          phases((size_t)(10 * model.num_layers + 3)),
+          ranges(phases.size() * (size_t)step.threads) {
         if (step.greedy) largest.resize((size_t)(step.threads * step.num_rows));
         for (Largest& each : largest) each.clear();
     }
@@ -178,16 +193,26 @@ struct Walker {
     int threads, me;
     int64_t phase = 0;
 
-    // body(task) for the tasks of this phase that nobody has taken, `chunk` at a time; then waits for the others.
+    // body(task) for the tasks of this phase that nobody has taken, `chunk` at a time; then waits for the others. With several `parts` tasks are
+    // cut into as many: a thread begins with its own one.
     template <class Body>
-    void each(int64_t count, int64_t chunk, const Body& body) {
-        Phase& now = run.phases[(size_t)phase++];
+    void each(int64_t count, int64_t chunk, int64_t parts, const Body& body) {
+        Phase& now = run.phases[(size_t)phase];
+        Range* ranges = &run.ranges[(size_t)(phase++ * threads)];
         if (run.crowded) sched_yield();  // better here than in the middle of a task, for which everybody would have to wait
         int64_t mine = 0;
-        for (int64_t begin = now.next.fetch_add(chunk, std::memory_order_relaxed); begin < count;
-             begin = now.next.fetch_add(chunk, std::memory_order_relaxed))
-            for (int64_t task = begin; task < begin + chunk && task < count; ++task, ++mine) body(task);
+        for (int64_t i = 0; i < parts; ++i) {
+            const int64_t part = (me + i) % parts, start = count * part / parts, stop = count * (part + 1) / parts;
+            const auto take = [&] { return start + ranges[part].next.fetch_add(chunk, std::memory_order_relaxed); };
+            for (int64_t begin = take(); begin < stop; begin = take())
+                for (int64_t task = begin; task < begin + chunk && task < stop; ++task, ++mine) body(task);
+        }
         now.finish(mine, count);
+    }
+    // The same for tasks in the order of rows.
+    template <class Body>
+    void each(int64_t count, int64_t chunk, const Body& body) {
+        each(count, chunk, run.own_rows ? threads : 1, body);
     }
 };
 
@@ -220,15 +245,19 @@ void product(Walker& walker, const Matrix& matrix, const Rows& x, const Rows* mo
     const int64_t panels = (matrix.n + COLUMNS - 1) / COLUMNS, column_tasks = (panels + panels_a_task - 1) / panels_a_task;
     // Few columns for many threads: rows are split too. Each block of rows reads the weights anew.
     const int64_t tiles = int8_tiles(rows);
-    int64_t blocks = 1;
+    const bool own = walker.run.own_rows && tiles >= 2 * walker.threads;
+    int64_t blocks = own ? walker.threads : 1;
     const auto cut = [&](int64_t block) { return block == blocks ? tiles : tiles * block / blocks / 2 * 2; };  // AMX tiles hold two
-    while (column_tasks * blocks < walker.threads * 4 && tiles / (blocks + 1) >= 4) ++blocks;
-    // Quantised columns of a row share cache lines: there each thread keeps to one run of columns. Else runs are short, for balance, but
-    // not so short that most panels which were asked for ahead are another thread's.
+    while (!own && column_tasks * blocks < walker.threads * 4 && tiles / (blocks + 1) >= 4) ++blocks;
+    // Quantised columns of a row share cache lines: there each thread keeps to one run of columns, unless others want its core (with tiles
+    // they are quantised afterwards). Else runs are short, for balance, but not so short that most panels which were asked for ahead are
+    // another thread's.
     const int64_t run = chunk_of(column_tasks, walker.threads), least = column_tasks / walker.threads >= 6 ? 3 : 1;
-    const int64_t chunk = panels_a_task > 1 ? (column_tasks + walker.threads - 1) / walker.threads : run < least ? least : run;
-    walker.each(column_tasks * blocks, blocks == 1 ? chunk : 1, [&](int64_t task) {
-        const int64_t block = task % blocks, begin = cut(block), end = cut(block + 1), panel = task / blocks * panels_a_task;
+    const int64_t share = (column_tasks + walker.threads - 1) / walker.threads;
+    const int64_t chunk = panels_a_task > 1 && !Tiles::used() ? (walker.run.crowded ? (share + 3) / 4 : share) : run < least ? least : run;
+    walker.each(column_tasks * blocks, blocks == 1 || own ? chunk : 1, own ? blocks : 1, [&](int64_t task) {
+        const int64_t block = own ? task / column_tasks : task % blocks, panel = (own ? task % column_tasks : task / blocks) * panels_a_task;
+        const int64_t begin = cut(block), end = cut(block + 1);
         int8_product(matrix, panel, panel + panels_a_task < panels ? panel + panels_a_task : panels, x, more, rows, begin, end, finish);
     });
 }
@@ -314,7 +343,7 @@ void attention(Walker& walker, const LayerArgs& layer, const KvBlocks& blocks) {
                              m.kv_heads, m.dim,     s.num_blocks, s.block_size, s.block_stride, s.table_stride, layer.window,
                              1.0f / std::sqrt((float)m.dim), blocks.paired, blocks.format, blocks.scales, blocks.scales_stride};
     walker.each((int64_t)run.tasks.size(), 1, [&](int64_t number) {
-        const AttentionTask& task = run.tasks[(size_t)number];
+        const AttentionTask& task = run.tasks[run.own_rows ? run.tasks.size() - 1 - (size_t)number : (size_t)number];  // the last ones are first
         attend(call, task, true);
         const int64_t first = s.query_starts[task.sequence] + task.query, column = task.kv_head * group * m.dim;
         if (run.w.attended.rest) return;

@@ -9,7 +9,7 @@ from kernels import dispatch
 from kernels.dispatch import Implementation
 from tandem.kv_layout import KV_NUMERICS, RANK_NUMERICS
 
-VERSION = 1
+VERSION = 2
 """Raised when the transformer's order of operations changes."""
 
 
