@@ -6,6 +6,8 @@
 // then the columns' scales. Source: Intel's Architecture Instruction Set Extensions Programming Reference, chapter on AMX.
 #pragma once
 
+#include <type_traits>
+
 #include "int8.h"
 #include "tiles.h"
 
@@ -74,43 +76,49 @@ static inline void quantise_whole(const float* x, int64_t k, const Rows& to, int
     }
 }
 
-// c[16][32] = rows [row, row + 16) of x times a panel; as many rows as the tiles are set up for. Tiles 0, 1: sums of the first parts,
-// 2, 3: of the second. `ahead`: where to ask for memory meanwhile, or null.
-static inline void multiply_tiles(const uint8_t* panel, const Rows& x, int64_t row, int64_t count, const uint8_t* ahead, float* c) {
-    alignas(64) int32_t sums[2][16][COLUMNS];
-    const int8_t *codes = x.codes + row * x.width, *rest = x.rest + row * x.width;
-    const uint8_t* at = panel;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < x.width; k += TILE_K, at += 2 * TILE_BYTES) {
-        if (ahead != nullptr)
-            for (int64_t i = 0; i < 2 * TILE_BYTES; i += 64) __builtin_prefetch(ahead + (at - panel) + i, 0, 2);
-        _tile_loadd(4, codes + k, x.width);
-        _tile_loadd(6, at, 64);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, at + TILE_BYTES, 64);
-        _tile_dpbssd(1, 4, 7);
-        _tile_loadd(5, rest + k, x.width);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-    }
-    _tile_stored(0, sums[0][0], COLUMNS * 4);
-    _tile_stored(1, sums[0][0] + 16, COLUMNS * 4);
-    _tile_stored(2, sums[1][0], COLUMNS * 4);
-    _tile_stored(3, sums[1][0] + 16, COLUMNS * 4);
-    TileHold::fence();
-    const float* scales = (const float*)at;
-    for (int v = 0; v < COLUMNS; v += 16) {
-        const __m512 scale = _mm512_loadu_ps(scales + v);
-        for (int64_t r = 0; r < count; ++r) {
-            const __m512 first = _mm512_cvtepi32_ps(_mm512_load_si512(sums[0][r] + v)), second = _mm512_cvtepi32_ps(_mm512_load_si512(sums[1][r] + v));
-            const __m512 sum = _mm512_fmadd_ps(second, _mm512_set1_ps(REST_UNIT), first);
-            _mm512_store_ps(c + r * COLUMNS + v, _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(x.scales[row + r])), scale));
+// Sums of rows [row, row + 16) of x times a panel, as many rows as the tiles are set up for: of the first parts, then of the second.
+// `ahead`: where to ask for memory meanwhile, or null.
+struct alignas(64) TileSums {
+    int32_t parts[2][TILE_ROWS][COLUMNS];
+
+    void multiply(const uint8_t* panel, const Rows& x, int64_t row, const uint8_t* ahead) {
+        const int8_t *codes = x.codes + row * x.width, *rest = x.rest + row * x.width;
+        const uint8_t* at = panel;
+        TileHold::fence();
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < x.width; k += TILE_K, at += 2 * TILE_BYTES) {
+            if (ahead != nullptr)
+                for (int64_t i = 0; i < 2 * TILE_BYTES; i += 64) __builtin_prefetch(ahead + (at - panel) + i, 0, 2);
+            _tile_loadd(4, codes + k, x.width);
+            _tile_loadd(6, at, 64);
+            _tile_dpbssd(0, 4, 6);
+            _tile_loadd(7, at + TILE_BYTES, 64);
+            _tile_dpbssd(1, 4, 7);
+            _tile_loadd(5, rest + k, x.width);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
         }
+        _tile_stored(0, parts[0][0], COLUMNS * 4);
+        _tile_stored(1, parts[0][0] + 16, COLUMNS * 4);
+        _tile_stored(2, parts[1][0], COLUMNS * 4);
+        _tile_stored(3, parts[1][0] + 16, COLUMNS * 4);
+        TileHold::fence();
     }
-}
+    // 16 columns of a row, in units of its scale.
+    __m512 operator()(int64_t r, int64_t column) const {
+        const __m512 first = _mm512_cvtepi32_ps(_mm512_load_si512(parts[0][r] + column)), second = _mm512_cvtepi32_ps(_mm512_load_si512(parts[1][r] + column));
+        return _mm512_fmadd_ps(second, _mm512_set1_ps(REST_UNIT), first);
+    }
+};
+
+// Whether a finish takes a row's two vectors as they are: finish.row(row, panel, first, second).
+template <class Finish, class = void>
+struct TakesRows : std::false_type {};
+template <class Finish>
+struct TakesRows<Finish, std::void_t<decltype(&Finish::row)>> : std::true_type {};
 
 // Rows [begin, end) of x times panels [first, last); finish as `int8_product` has it.
 template <class Finish>
@@ -121,13 +129,26 @@ inline void tile_product(const Matrix& w, int64_t first, int64_t last, const Row
     shapes.set(0, 6, end - begin < TILE_ROWS ? end - begin : (int64_t)TILE_ROWS, 64);
     shapes.set(6, 8, TILE_K / 4, 64);
     const TileHold hold(shapes);
-    alignas(64) float c[TILE_ROWS * COLUMNS];
+    TileSums sums;
+    alignas(64) float c[COLUMNS];
     for (int64_t row = begin; row < end; row += TILE_ROWS)
         for (int64_t p = first; p < last; ++p) {
             const int64_t count = end - row < TILE_ROWS ? end - row : (int64_t)TILE_ROWS, next = p + last - first;
-            const uint8_t* ahead = row == begin && next < panels ? w.panels + next * bytes : nullptr;
-            multiply_tiles(w.panels + p * bytes, x, row, count, ahead, c);
-            for (int64_t r = 0; r < count; r += INT8_ROWS) finish(row + r, count - r < INT8_ROWS ? count - r : (int64_t)INT8_ROWS, p, c + r * COLUMNS);
+            uint8_t* panel = (uint8_t*)w.panels + p * bytes;
+            sums.multiply(panel, x, row, row == begin && next < panels ? w.panels + next * bytes : nullptr);
+            const float* scales = tile_scales(panel, w.k);
+            const __m512 left = _mm512_loadu_ps(scales), right = _mm512_loadu_ps(scales + 16);
+            for (int64_t r = 0; r < count; ++r) {
+                const __m512 scale = _mm512_set1_ps(x.scales[row + r]);
+                const __m512 one = _mm512_mul_ps(_mm512_mul_ps(sums(r, 0), scale), left), two = _mm512_mul_ps(_mm512_mul_ps(sums(r, 16), scale), right);
+                if constexpr (TakesRows<Finish>::value) {
+                    finish.row(row + r, p, one, two);
+                } else {
+                    _mm512_store_ps(c, one);
+                    _mm512_store_ps(c + 16, two);
+                    finish(row + r, 1, p, c);
+                }
+            }
         }
 }
 

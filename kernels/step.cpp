@@ -270,6 +270,19 @@ struct Store {
     void operator()(int64_t row, int64_t rows, int64_t panel, const float* c) const {
         for (int64_t r = 0; r < rows; ++r) one(row + r, panel, c + r * COLUMNS);
     }
+#if TANDEM_TILES
+    void row(int64_t row, int64_t panel, __m512 first, __m512 second) const {
+        alignas(64) float c[COLUMNS];
+        if (matrix.bias || (panel + 1) * COLUMNS > matrix.n) {
+            _mm512_store_ps(c, first);
+            _mm512_store_ps(c + 16, second);
+            return one(row, panel, c);
+        }
+        float* to = out + row * matrix.n + panel * COLUMNS;
+        _mm512_storeu_ps(to, ADD ? _mm512_add_ps(_mm512_loadu_ps(to), first) : first);
+        _mm512_storeu_ps(to + 16, ADD ? _mm512_add_ps(_mm512_loadu_ps(to + 16), second) : second);
+    }
+#endif
     void one(int64_t row, int64_t panel, const float* from) const {
         const int64_t column = panel * COLUMNS, columns = matrix.n - column < COLUMNS ? matrix.n - column : COLUMNS;
         float* to = out + row * matrix.n + column;
@@ -309,6 +322,15 @@ struct Gate {
     const Rows &inner, *rest;
     float* gated;  // where rows are quantised whole, afterwards
     alignas(64) mutable float group[INT8_ROWS][GROUP];
+#if TANDEM_TILES
+    void row(int64_t row, int64_t panel, __m512 gate, __m512 up) const {
+        if (matrix.bias) {
+            gate = _mm512_add_ps(gate, _mm512_loadu_ps(matrix.bias + panel * COLUMNS));
+            up = _mm512_add_ps(up, _mm512_loadu_ps(matrix.bias + panel * COLUMNS + 16));
+        }
+        _mm512_storeu_ps(gated + row * matrix.n / 2 + panel * 16, (__m512)silu_mul((vf)gate, (vf)up));
+    }
+#endif
     void operator()(int64_t row, int64_t rows, int64_t panel, const float* c) const {
         const int64_t half = panel % 2 * 16;
         for (int64_t r = 0; r < rows; ++r) {
