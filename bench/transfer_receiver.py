@@ -44,7 +44,7 @@ class _Worker:
     alive = True
 
     def __init__(self, layout: KvLayout, pool: LocalPool, transports: Sequence[str]) -> None:
-        self.pool_memory = pool
+        self.pool_memory, self.other_pools = pool, ()
         self.leases = LeaseTable(INCARNATION, layout.block_size)
         self.engine = self
         self.identity = WorkerIdentity(
