@@ -114,11 +114,11 @@ struct alignas(64) TileSums {
     }
 };
 
-// Whether a finish takes a row's two vectors as they are: finish.row(row, panel, first, second).
+// Whether a finish takes a row's two vectors as they are, by finish.row(row, panel, first, second): it says so by TAKES_ROWS.
 template <class Finish, class = void>
 struct TakesRows : std::false_type {};
 template <class Finish>
-struct TakesRows<Finish, std::void_t<decltype(&Finish::row)>> : std::true_type {};
+struct TakesRows<Finish, std::void_t<decltype(Finish::TAKES_ROWS)>> : std::true_type {};
 
 // Rows [begin, end) of x times panels [first, last); finish as `int8_product` has it.
 template <class Finish>

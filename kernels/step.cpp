@@ -271,6 +271,7 @@ struct Store {
         for (int64_t r = 0; r < rows; ++r) one(row + r, panel, c + r * COLUMNS);
     }
 #if TANDEM_TILES
+    static constexpr bool TAKES_ROWS = true;
     void row(int64_t row, int64_t panel, __m512 first, __m512 second) const {
         alignas(64) float c[COLUMNS];
         if (matrix.bias || (panel + 1) * COLUMNS > matrix.n) {
@@ -323,6 +324,7 @@ struct Gate {
     float* gated;  // where rows are quantised whole, afterwards
     alignas(64) mutable float group[INT8_ROWS][GROUP];
 #if TANDEM_TILES
+    static constexpr bool TAKES_ROWS = true;
     void row(int64_t row, int64_t panel, __m512 gate, __m512 up) const {
         if (matrix.bias) {
             gate = _mm512_add_ps(gate, _mm512_loadu_ps(matrix.bias + panel * COLUMNS));
