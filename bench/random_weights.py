@@ -21,54 +21,42 @@ SPREAD: Final = 0.02
 """Standard deviation of weights, as models are initialised: activations stay finite through all layers."""
 
 
-def _llama(name: str, layers: int, width: int, inner: int, heads: int, kv_heads: int) -> ModelConfig:
+def _llama(
+    name: str,
+    layers: int,
+    width: int,
+    inner: int,
+    heads: tuple[int, int],
+    *,
+    vocabulary: int = 128_256,
+    theta: float = 500_000.0,
+    max_context: int = 8192,
+) -> ModelConfig:
+    """`heads`: of queries, and of keys and values."""
     return ModelConfig(
         architecture="llama",
-        vocab_size=128_256,
+        vocab_size=vocabulary,
         hidden_size=width,
         num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=128,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=width // heads[0],
         intermediate_size=inner,
         rms_eps=1e-5,
-        rope=RopeConfig(theta=500_000.0, rotary_dim=128),
-        max_context=8192,
+        rope=RopeConfig(theta=theta, rotary_dim=width // heads[0]),
+        max_context=max_context,
         name=name,
     )
 
 
 SHAPES: Final = {
-    "smol-135m": ModelConfig(
-        architecture="llama",
-        vocab_size=49_152,
-        hidden_size=576,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        intermediate_size=1536,
-        rms_eps=1e-5,
-        rope=RopeConfig(theta=100_000.0, rotary_dim=64),
-        max_context=2048,
-        name="smol-135m",
-    ),
-    "llama-3-8b": _llama("llama-3-8b", 32, 4096, 14_336, 32, 8),
-    "llama-3-70b": _llama("llama-3-70b", 80, 8192, 28_672, 64, 8),
-    "llama-tiny": ModelConfig(
-        architecture="llama",
-        vocab_size=500,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=96,
-        rms_eps=1e-5,
-        rope=RopeConfig(theta=10_000.0, rotary_dim=16),
-        max_context=256,
-        name="llama-tiny",
-    ),
+    shape.name: shape
+    for shape in (
+        _llama("smol-135m", 30, 576, 1536, (9, 3), vocabulary=49_152, theta=100_000.0, max_context=2048),
+        _llama("llama-3-8b", 32, 4096, 14_336, (32, 8)),
+        _llama("llama-3-70b", 80, 8192, 28_672, (64, 8)),
+        _llama("llama-tiny", 2, 64, 96, (4, 2), vocabulary=500, theta=10_000.0, max_context=256),
+    )
 }
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.kv_format import decode_e4m3
+from kernels.triton.kv_format import decode_e4m3, readable
 
 LOG2_E = math.log2(math.e)
 
@@ -21,6 +22,43 @@ def softmax_scales(scale: float, soft_cap: float | None) -> tuple[float, float]:
     if soft_cap is None:
         return scale * LOG2_E, 1.0
     return scale / soft_cap, soft_cap * LOG2_E
+
+
+def cache_arguments(
+    kv_layer: torch.Tensor, block_tables: torch.Tensor, kv_scales: torch.Tensor | None, stand_in: torch.Tensor
+) -> dict[str, object]:
+    """What both attentions are told of the paged cache; `stand_in` is what they are given for scales it hasn't got."""
+    return {
+        "kv_ptr": readable(kv_layer),
+        "scales_ptr": stand_in if kv_scales is None else kv_scales,
+        "tables_ptr": block_tables,
+        "kv_stride": kv_layer.stride(0),
+        "scales_stride": 0 if kv_scales is None else kv_scales.stride(0),
+        "table_width": block_tables.shape[1],
+    }
+
+
+def score_arguments(scale: float, soft_cap: float | None, sliding_window: int | None) -> dict[str, object]:
+    """What both attentions are told of scores: `softmax_scales`, and the window (0: none)."""
+    scale_in, scale_out = softmax_scales(scale, soft_cap)
+    return {"scale_in": scale_in, "scale_out": scale_out, "window": sliding_window or 0}
+
+
+def shape_constants(
+    heads: int, kv_layer: torch.Tensor, form: int, soft_cap: float | None, sliding_window: int | None
+) -> dict[str, object]:
+    """The constants that both attentions are compiled for."""
+    kv_heads, block_size, dim = kv_layer.shape[2:5]
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "D": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_SIZE": block_size,
+        "FORMAT": form,
+        "CAPPED": soft_cap is not None,
+        "WINDOWED": sliding_window is not None,
+    }
 
 
 @triton.jit

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.attention_tiles import attend, load_tile, softmax_scales
-from kernels.triton.kv_format import HALF, readable
+from kernels.triton.attention_tiles import attend, cache_arguments, load_tile, score_arguments, shape_constants
+from kernels.triton.kv_format import HALF
 from kernels.triton.launch import Launch, target
 
 MOST_SPLITS = 64
@@ -144,7 +144,7 @@ def decode_launches(
 ) -> list[Launch]:
     """The launches of one decode attention: the splits, and their reduction when there are several."""
     sequences, heads, dim = q.shape
-    kv_heads, block_size = kv_layer.shape[2:4]
+    kv_heads = kv_layer.shape[2]
     block_d = max(16, triton.next_power_of_2(dim))
     tile = 64 if block_d <= 128 and form == HALF else 32
     split = split or split_length(max_context)
@@ -153,39 +153,23 @@ def decode_launches(
     several = splits > 1
     partial = torch.empty((sequences, heads, splits, dim), dtype=torch.float32, device=device) if several else out
     weights = torch.empty((sequences, heads, splits) if several else (1,), dtype=torch.float32, device=device)
-    scale_in, scale_out = softmax_scales(scale, soft_cap)
-    group = heads // kv_heads
     main = Launch(
         _decode_split,
         (sequences, kv_heads, splits),
         {
             "q_ptr": q,
-            "kv_ptr": readable(kv_layer),
-            "scales_ptr": weights if kv_scales is None else kv_scales,
-            "tables_ptr": block_tables,
             "contexts_ptr": context_lens,
             "out_ptr": partial,
             "weight_ptr": weights,
-            "scale_in": scale_in,
-            "scale_out": scale_out,
-            "window": sliding_window or 0,
-            "kv_stride": kv_layer.stride(0),
-            "scales_stride": 0 if kv_scales is None else kv_scales.stride(0),
-            "table_width": block_tables.shape[1],
+            **cache_arguments(kv_layer, block_tables, kv_scales, weights),
+            **score_arguments(scale, soft_cap, sliding_window),
         },
         {
-            "KV_HEADS": kv_heads,
-            "GROUP": group,
-            "BLOCK_M": max(16, triton.next_power_of_2(group)),
-            "D": dim,
-            "BLOCK_D": block_d,
-            "BLOCK_SIZE": block_size,
+            **shape_constants(heads, kv_layer, form, soft_cap, sliding_window),
+            "BLOCK_M": max(16, triton.next_power_of_2(heads // kv_heads)),
             "TILE": tile,
             "SPLIT": split,
             "SPLITS": splits,
-            "FORMAT": form,
-            "CAPPED": soft_cap is not None,
-            "WINDOWED": sliding_window is not None,
         },
         num_warps=4,
         num_stages=3 if target().backend == "cuda" and form == HALF else 2,

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.attention_tiles import attend, load_tile, softmax_scales
-from kernels.triton.kv_format import HALF, readable
+from kernels.triton.attention_tiles import attend, cache_arguments, load_tile, score_arguments, shape_constants
+from kernels.triton.kv_format import HALF
 from kernels.triton.launch import Launch, target
 
 
@@ -132,44 +132,29 @@ def prefill_launch(
 ) -> Launch:
     """The launch of one chunked-prefill attention."""
     tokens, heads, dim = q.shape
-    kv_heads, block_size = kv_layer.shape[2:4]
+    kv_heads = kv_layer.shape[2]
     sequences = context_lens.shape[0]
     group = heads // kv_heads
     block_d = max(16, triton.next_power_of_2(dim))
     block_m, tile, warps = _shape(group, tokens, sequences, block_d, form)
     block_q = block_m // group
-    scale_in, scale_out = softmax_scales(scale, soft_cap)
     return Launch(
         _prefill,
         (tokens // block_q + sequences if tokens else 0, kv_heads),
         {
             "q_ptr": q,
-            "kv_ptr": readable(kv_layer),
-            "scales_ptr": q if kv_scales is None else kv_scales,
-            "tables_ptr": block_tables,
             "starts_ptr": query_starts,
             "contexts_ptr": context_lens,
             "out_ptr": out,
-            "scale_in": scale_in,
-            "scale_out": scale_out,
-            "window": sliding_window or 0,
             "sequences": sequences,
-            "kv_stride": kv_layer.stride(0),
-            "scales_stride": 0 if kv_scales is None else kv_scales.stride(0),
-            "table_width": block_tables.shape[1],
+            **cache_arguments(kv_layer, block_tables, kv_scales, q),
+            **score_arguments(scale, soft_cap, sliding_window),
         },
         {
-            "KV_HEADS": kv_heads,
-            "GROUP": group,
+            **shape_constants(heads, kv_layer, form, soft_cap, sliding_window),
             "BLOCK_Q": block_q,
             "BLOCK_M": block_m,
-            "D": dim,
-            "BLOCK_D": block_d,
-            "BLOCK_SIZE": block_size,
             "TILE": tile,
-            "FORMAT": form,
-            "CAPPED": soft_cap is not None,
-            "WINDOWED": sliding_window is not None,
         },
         num_warps=warps,
         num_stages=3 if target().backend == "cuda" and form == HALF and block_d <= 128 else 2,
