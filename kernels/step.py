@@ -213,7 +213,7 @@ class Step:
             cos.data_ptr(),
             sin.data_ptr(),
             head.args(),
-            None if table is None else table.data_ptr(),
+            _pointer(table),
             table is not None and table.dtype is torch.bfloat16,
             shape.vocabulary,
             shape.eps,
@@ -261,32 +261,17 @@ class Step:
             _check_greedy(greedy, best, rows.shape[0])
         logits = self._logits_of(rows.shape[0])
         step = _StepArgs(
-            token_ids.data_ptr(),
-            positions.data_ptr(),
-            slots.data_ptr(),
-            block_tables.data_ptr(),
-            query_starts.data_ptr(),
-            context_lens.data_ptr(),
+            *(each.data_ptr() for each in (token_ids, positions, slots, block_tables, query_starts, context_lens)),
             token_ids.shape[0],
-            block_tables.shape[0],
-            block_tables.shape[1],
-            cache.data_ptr(),
-            cache.stride(1),
-            cache.stride(0),
-            cache.shape[0],
-            cache.shape[4],
-            FORMATS[cache.dtype],
-            order == PAIRED,
-            None if cache_scales is None else cache_scales.data_ptr(),
-            0 if cache_scales is None else cache_scales.stride(1),
-            0 if cache_scales is None else cache_scales.stride(0),
-            rows.data_ptr(),
-            rows.shape[0],
-            None if greedy is None else greedy.data_ptr(),
-            None if best is None else best.data_ptr(),
-            logits.data_ptr(),
-            self._memory(token_ids.shape[0], rows.shape[0]),
-            torch.get_num_threads(),
+            *block_tables.shape,
+            **_cache_args(cache, order, cache_scales),
+            rows=rows.data_ptr(),
+            num_rows=rows.shape[0],
+            greedy=_pointer(greedy),
+            best=_pointer(best),
+            logits=logits.data_ptr(),
+            workspace=self._memory(token_ids.shape[0], rows.shape[0]),
+            threads=torch.get_num_threads(),
         )
         bad = _library().tandem_step(self._model, step)
         if bad:
@@ -305,6 +290,26 @@ class Step:
         if self._workspace.nbytes < size:
             self._workspace = torch.empty(size, dtype=torch.uint8)
         return -(-self._workspace.data_ptr() // 64) * 64
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _cache_args(cache: torch.Tensor, order: str, scales: torch.Tensor | None) -> dict[str, int | None]:
+    """The fields of `_StepArgs` that say where keys and values are."""
+    return {
+        "cache": cache.data_ptr(),
+        "layer_stride": cache.stride(1),
+        "block_stride": cache.stride(0),
+        "num_blocks": cache.shape[0],
+        "block_size": cache.shape[4],
+        "format": FORMATS[cache.dtype],
+        "paired": order == PAIRED,
+        "scales": _pointer(scales),
+        "scales_layer_stride": 0 if scales is None else scales.stride(1),
+        "scales_block_stride": 0 if scales is None else scales.stride(0),
+    }
 
 
 def _check_cache(cache: torch.Tensor, scales: torch.Tensor | None) -> None:
