@@ -32,9 +32,11 @@ GPU_DTYPES: Final = (*DTYPES, "float16")
 DTYPE_ALIASES: Final = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_DTYPES: Final = ("auto", "float32", "bfloat16", "int8", "fp8_e4m3")
+GPU_KV_DTYPES: Final = (*KV_DTYPES, "float16")
 KV_DTYPE_NAMES: Final[Mapping[str, KvDtype]] = {
     "float32": "float32",
     "bfloat16": "bfloat16",
+    "float16": "float16",
     "int8": "int8",
     "fp8_e4m3": "float8_e4m3",
 }
@@ -153,7 +155,7 @@ class EngineConfig:
     """What the weights of the big products are held in; means nothing with compute int8. A CPU's activations are
     float32."""
     kv_dtype: KvDtype = "float32"
-    """int8 and float8_e4m3 have a scale for each position and head (`kernels.kv_codes`). On a GPU that of `dtype`."""
+    """int8 and float8_e4m3 have a scale for each position and head (`kernels.kv_codes`). On a GPU these or `dtype`."""
     block_size: int = 16
     num_blocks: int = DEFAULT_NUM_BLOCKS
     max_step_tokens: int = 512
@@ -223,7 +225,7 @@ def resolve_engine_config(
     device = resolve_device(settings, found)
     gpu = device == "cuda"
     compute = _resolve_compute(settings, device, fastest)
-    dtype = _resolve_dtype(settings, "dtype", "bfloat16" if gpu or compute == "bf16" else "float32", gpu)
+    dtype = _resolve_dtype(settings, "bfloat16" if gpu or compute == "bf16" else "float32", gpu)
     if compute == "bf16" and dtype != "bfloat16":
         raise ConfigError(f"dtype: compute bf16 holds weights in bfloat16, not {dtype}; use dtype bfloat16 or auto")
     model = settings.get("model")
@@ -269,24 +271,24 @@ def _resolve_compute(settings: Settings, device: DeviceKind, fastest: Compute) -
     return "int8" if chosen == "int8" else "bf16" if chosen == "bf16" else "exact"
 
 
-def _resolve_dtype(settings: Settings, key: str, automatic: Dtype, gpu: bool) -> Dtype:
-    chosen = _choice(settings, key, GPU_DTYPES if gpu else DTYPES, DTYPE_ALIASES)
+def _resolve_dtype(settings: Settings, automatic: Dtype, gpu: bool) -> Dtype:
+    chosen = _choice(settings, "dtype", GPU_DTYPES if gpu else DTYPES, DTYPE_ALIASES)
     if chosen == "float32":
         return "float32"
     return "bfloat16" if chosen == "bfloat16" else "float16" if chosen == "float16" else automatic
 
 
 def _resolve_kv_dtype(settings: Settings, compute: Compute, dtype: Dtype, gpu: bool) -> KvDtype:
-    if gpu:
-        chosen = _resolve_dtype(settings, "kv_dtype", dtype, gpu=True)
-        if chosen != dtype:
-            raise ConfigError(
-                f"kv_dtype: on a GPU keys and values have the dtype of activations, {dtype}; not {chosen}"
-            )
-        return chosen
     aliases = {**DTYPE_ALIASES, "float8_e4m3": "fp8_e4m3", "fp8": "fp8_e4m3"}
-    automatic: KvDtype = "float32" if compute == "exact" else "bfloat16"
-    return KV_DTYPE_NAMES.get(_choice(settings, "kv_dtype", KV_DTYPES, aliases), automatic)
+    asked = _choice(settings, "kv_dtype", GPU_KV_DTYPES if gpu else KV_DTYPES, aliases)
+    automatic: KvDtype = dtype if gpu else "float32" if compute == "exact" else "bfloat16"
+    chosen = KV_DTYPE_NAMES.get(asked, automatic)
+    if gpu and chosen not in (dtype, *KV_QUANTIZED):
+        raise ConfigError(
+            f"kv_dtype: on a GPU keys and values have the dtype of activations, {dtype}, or are int8 or fp8_e4m3; "
+            f"not {chosen}"
+        )
+    return chosen
 
 
 def _resolve_attention(settings: Settings, gpu: bool) -> str:

@@ -40,8 +40,23 @@ def kv_shape(model_config: ModelConfig, engine_config: EngineConfig) -> tuple[in
     return engine_config.num_blocks, model_config.num_layers, 2, heads, engine_config.block_size, dim
 
 
+def _elements_and_scales(
+    blocks: Tensor, model_config: ModelConfig, engine_config: EngineConfig
+) -> tuple[Tensor, Tensor | None]:
+    """What uint8 [num_blocks, block_bytes] hold, as views: elements, and the scales of codes behind them."""
+    dtype, shape = TORCH_DTYPES[engine_config.kv_dtype], kv_shape(model_config, engine_config)
+    data_bytes = engine_config.block_size * model_config.kv_elements_per_token * dtype.itemsize
+    elements = blocks[:, :data_bytes].view(dtype).view(shape)
+    if not is_quantized(dtype):
+        return elements, None
+    at = engine_config.scales_at(model_config)
+    return elements, blocks[:, at:].view(torch.float32).view(shape[:-1])
+
+
 class DeviceKVCache:
-    """The cache as one tensor of a GPU, zeroed: what padding reads must be finite."""
+    """The cache as one piece of a GPU's memory, zeroed: what padding reads must be finite. As `KVCache` has it, byte
+    for byte, so that blocks go to the host and come from there as they are.
+    """
 
     def __init__(
         self,
@@ -55,31 +70,30 @@ class DeviceKVCache:
         Raises ConfigError when the GPU hasn't so much memory.
         """
         self.order = PLAIN
-        self.scales: Tensor | None = None
         self._mirror = buffer
         self.block_bytes, total = kv_bytes(model_config, engine_config)
-        dtype = TORCH_DTYPES[engine_config.kv_dtype]
+        shape = (engine_config.num_blocks, self.block_bytes)
         try:
-            self.tensor = torch.zeros(kv_shape(model_config, engine_config), dtype=dtype, device=device)
+            self.blocks = torch.zeros(shape, dtype=torch.uint8, device=device)
+            """All bytes."""
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{total} bytes of KV blocks don't fit the GPU's free memory; use fewer blocks (--num-blocks)"
             ) from error
-        self.blocks = self.tensor.view(engine_config.num_blocks, -1).view(torch.uint8)
-        """All bytes: uint8 [num_blocks, block_bytes]."""
+        self.tensor, self.scales = _elements_and_scales(self.blocks, model_config, engine_config)
 
     def layer(self, index: int) -> Tensor:
         """K and V of one layer: a view [num_blocks, 2, kv_heads, block_size, head_dim]."""
         return self.tensor[:, index]
 
     def layer_scales(self, index: int) -> Tensor | None:
-        """None: the dtypes here have none."""
-        return self.scales
+        """Those of one layer: a view [num_blocks, 2, kv_heads, block_size]; None where the dtype has none."""
+        return None if self.scales is None else self.scales[:, index]
 
     def blocks_view(self) -> memoryview:
         """The host's memory for the same blocks, uint8 [num_blocks * block_bytes]: no page of it is touched here."""
         if self._mirror is None:
-            self._mirror = _reserve(self.tensor.nbytes)
+            self._mirror = _reserve(self.blocks.nbytes)
         return self._mirror.cast("B")
 
 
@@ -105,16 +119,9 @@ class KVCache:
         self._memory = _reserve(total) if buffer is None else buffer
         if self._memory.nbytes != total:
             raise ConfigError(f"a KV cache of {total} bytes doesn't fit a buffer of {self._memory.nbytes} bytes")
-        rows = (model_config.num_layers, 2, model_config.num_kv_heads, engine_config.block_size)
         self.blocks = torch.frombuffer(self._memory, dtype=torch.uint8).view(-1, self.block_bytes)
         """All bytes: uint8 [num_blocks, block_bytes]."""
-        elements = model_config.kv_elements_per_token * engine_config.block_size
-        flat = self.blocks[:, : elements * dtype.itemsize].view(dtype)
-        self.tensor = flat.view(-1, *rows, model_config.head_dim)
-        self.scales: Tensor | None = None
-        if is_quantized(dtype):
-            at = engine_config.scales_at(model_config)
-            self.scales = self.blocks[:, at:].view(torch.float32).view(-1, *rows)
+        self.tensor, self.scales = _elements_and_scales(self.blocks, model_config, engine_config)
 
     def layer(self, index: int) -> Tensor:
         """K and V of one layer: a view [num_blocks, 2, kv_heads, block_size, head_dim]."""

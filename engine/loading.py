@@ -28,7 +28,7 @@ from engine.models.device_loader import load_device_model
 from engine.models.fused import FusedModel, step_shape
 from engine.models.int8_loader import load_int8_model
 from engine.models.loader import load_model
-from engine.models.numerics import numerics_id
+from engine.models.numerics import device_numerics_id, numerics_id
 from engine.models.transformer import Model, Progress
 from engine.parallel.group import Ranks
 from engine.parallel.sharding import SPLIT_COMPUTES, check_degree
@@ -209,12 +209,11 @@ def load_on_device(
     buffer = buffer_factory(engine_config.num_blocks, block_bytes) if buffer_factory is not None else None
     kv_cache = DeviceKVCache(config, engine_config, device.torch, buffer)
     steps = DeviceSteps(model, kv_cache, engine_config, device, capture_progress, mirrored=mirrored)
-    numerics = f"{backend.operations.numerics}-{backend.attention.numerics}"
     return Engine(
         model_config=config,
         engine_config=engine_config,
         model_id=identity,
-        numerics_id=numerics_id(engine_config, Implementation(backend.operations.name, numerics, False)),
+        numerics_id=device_numerics_id(engine_config, backend),
         kv_cache=kv_cache,
         runner=Runner(model, kv_cache, engine_config, steps),
     )

@@ -50,6 +50,8 @@ class Candidate:
     """Why it can't compute such a model there; None when it can."""
     probed: bool = False
     """Compared with torch before it is taken."""
+    takes_codes: bool = True
+    """Keys and values of 8 bits with their scales."""
 
     def not_installed(self) -> Refusal | None:
         """None when its package is there, in a version that is known."""
@@ -94,6 +96,7 @@ ATTENTIONS: Final = (
         flashinfer_attention.PACKAGE,
         flashinfer_attention.unfit,
         probed=True,
+        takes_codes=False,
     ),
     Candidate(
         "flash-attn-3",
@@ -101,6 +104,7 @@ ATTENTIONS: Final = (
         flash_attention.PACKAGE_3,
         flash_attention.unfit_3,
         probed=True,
+        takes_codes=False,
     ),
     Candidate(
         "flash-attn-2",
@@ -108,6 +112,7 @@ ATTENTIONS: Final = (
         flash_attention.PACKAGE_2,
         flash_attention.unfit_2,
         probed=True,
+        takes_codes=False,
     ),
     Candidate("triton", _triton, Package("triton", "triton")),
     Candidate("torch", TorchAttention),
@@ -141,8 +146,9 @@ def describe_attentions() -> dict[str, object]:
     refused = {one.name: refusal.reason for one in ATTENTIONS if (refusal := one.not_installed()) is not None}
     if wanted in refused:
         raise ConfigError(f"{source}: {wanted} can't be had: {refused[wanted]}")
-    taken = next(one.name for one in ATTENTIONS if one.name not in refused and wanted in (AUTO, one.name))
-    return {"gpu_attention": taken, "gpu_attention_refused": refused}
+    usable = [one for one in ATTENTIONS if one.name not in refused and wanted in (AUTO, one.name)]
+    of_codes = next((one.name for one in usable if one.takes_codes), None)
+    return {"gpu_attention": usable[0].name, "gpu_attention_8_bit": of_codes, "gpu_attention_refused": refused}
 
 
 def _wanted(asked: str) -> tuple[str, str]:

@@ -40,6 +40,8 @@ KV_NUMERICS = "kv-"
 """Begins the part of a numerics id that names the KV dtype; the parts are joined by "/"."""
 RANK_NUMERICS = "tp-"
 """Begins the part that says over how many ranks sums are taken, where that decides bits and is more than 1."""
+ATTENTION_NUMERICS = "attention-"
+"""Begins the part that names a GPU's attention: which one that is hangs on the KV dtype, too."""
 _LIMIT = 1 << 20
 _MAX_BLOCK_BYTES = 1 << 31
 
@@ -160,8 +162,8 @@ def staged_bytes(source: KvLayout, target: KvLayout) -> int:
 
 
 def same_numerics(prefill: str, decode: str, *, convert_dtype: bool = False) -> bool:
-    """True when KV that one numerics id names is as good as the other's; `convert_dtype`: in whatever KV dtype, and
-    whatever the order of sums over ranks: both change what is rounded.
+    """True when KV that one numerics id names is as good as the other's; `convert_dtype`: in whatever KV dtype, by
+    whatever attention of a GPU, and whatever the order of sums over ranks: all change what is rounded.
     """
     if prefill == decode or not convert_dtype:
         return prefill == decode
@@ -169,7 +171,8 @@ def same_numerics(prefill: str, decode: str, *, convert_dtype: bool = False) -> 
 
 
 def _but_for_rounding(numerics_id: str) -> list[str]:
-    return [part for part in numerics_id.split("/") if not part.startswith((KV_NUMERICS, RANK_NUMERICS))]
+    rounding = (KV_NUMERICS, RANK_NUMERICS, ATTENTION_NUMERICS)
+    return [part for part in numerics_id.split("/") if not part.startswith(rounding)]
 
 
 def _why_not(prefill: KvLayout, decode: KvLayout, convert_dtype: bool) -> str:

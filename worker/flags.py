@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         add(
             "--kv-dtype",
             default="auto",
-            help="of the KV cache: auto, float32, bfloat16, int8 or fp8_e4m3; on a GPU as --dtype",
+            help="of the KV cache: auto, float32, bfloat16, int8 or fp8_e4m3; on a GPU that of --dtype, or 8 bits",
         )
         add("--max-context", type=int, metavar="TOKENS", help="longest sequence; default: the model's")
         add("--no-graphs", action="store_true", help="capture no decode steps as graphs on a GPU")

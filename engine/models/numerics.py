@@ -6,8 +6,9 @@ import torch
 
 from engine.config import EngineConfig
 from kernels import dispatch
+from kernels.backends import Backend
 from kernels.dispatch import Implementation
-from tandem.kv_layout import KV_NUMERICS, RANK_NUMERICS
+from tandem.kv_layout import ATTENTION_NUMERICS, KV_NUMERICS, RANK_NUMERICS
 
 VERSION = 2
 """Raised when the transformer's order of operations changes."""
@@ -30,3 +31,10 @@ def numerics_id(engine_config: EngineConfig, kernels: Implementation, ranks: int
         f"torch-{torch.__version__}",
     )
     return "/".join(parts)
+
+
+def device_numerics_id(engine_config: EngineConfig, backend: Backend) -> str:
+    """The same of an engine on a GPU, where the attention has a part of its own."""
+    attention = f"{ATTENTION_NUMERICS}{backend.attention.numerics}"
+    kernels = Implementation(backend.operations.name, f"{backend.operations.numerics}/{attention}", False)
+    return numerics_id(engine_config, kernels)

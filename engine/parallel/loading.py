@@ -13,7 +13,7 @@ from engine.kv_cache import DeviceKVCache, KVCache, kv_bytes
 from engine.loading import MIRROR_SHARE, BufferFactory, Engine, attention_shape, cpu_implementation
 from engine.models.device_loader import load_device_model
 from engine.models.loader import load_model
-from engine.models.numerics import numerics_id
+from engine.models.numerics import device_numerics_id, numerics_id
 from engine.models.transformer import Progress
 from engine.parallel.checkpoint import RankCheckpoint
 from engine.parallel.device_steps import FollowingDeviceSteps, LeadingDeviceSteps
@@ -23,7 +23,6 @@ from engine.parallel.steps import LeadingSteps, follow
 from engine.runner import Runner
 from engine.weights import Checkpoint
 from kernels.backends import for_device
-from kernels.dispatch import Implementation
 
 
 def load_rank(
@@ -103,12 +102,11 @@ def load_rank_on_device(
     kv_cache = DeviceKVCache(config, engine_config, device.torch, _buffer(part, engine_config, buffer_factory))
     kind = LeadingDeviceSteps if ranks.leads else FollowingDeviceSteps
     steps = kind(model, kv_cache, engine_config, device, ranks, vocabulary, mirrored=mirrored)
-    numerics = f"{backend.operations.numerics}-{backend.attention.numerics}"
     return Engine(
         model_config=whole.config,
         engine_config=engine_config,
         model_id="",
-        numerics_id=numerics_id(engine_config, Implementation(backend.operations.name, numerics, False)),
+        numerics_id=device_numerics_id(engine_config, backend),
         kv_cache=kv_cache,
         runner=Runner(model, kv_cache, engine_config, steps),
         follow=steps.follow if isinstance(steps, FollowingDeviceSteps) else None,

@@ -138,6 +138,7 @@ def _use(kernels: dict[str, Any], transfer: dict[str, Any]) -> dict[str, Any]:
             "device": f"cuda ({kernels['gpu']})",
             "kernels": kernels.get("gpu_operations"),
             "attention": kernels.get("gpu_attention"),
+            "kv_of_8_bits": kernels.get("gpu_attention_8_bit"),
             **_refused(kernels.get("gpu_attention_refused") or {}),
             "compute": "native",
             "exact_promise": "does not hold",

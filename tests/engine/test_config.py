@@ -105,8 +105,9 @@ def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"compute": "fp8"}, "compute: 'fp8' is not one of auto, exact, bf16, int8"),
         (
             {"device": "cuda", "dtype": "float16", "kv_dtype": "bf16"},
-            "kv_dtype: on a GPU keys and values have the dtype",
+            "kv_dtype: on a GPU keys and values have the dtype of activations, float16, or are int8 or fp8_e4m3",
         ),
+        ({"device": "cuda", "kv_dtype": "int4"}, "kv_dtype: 'int4' is not one of"),
         ({"dtype": "float16"}, "dtype: 'float16' is not one of auto, float32, bfloat16"),
         ({"graphs": "yes"}, "graphs: 'yes' is not true or false"),
         ({"device": "cuda", "attention": "flash"}, "attention: 'flash' is not one of auto, flashinfer, flash-attn-3"),
@@ -153,6 +154,9 @@ def test_a_gpu_computes_in_sixteen_bits() -> None:
     assert config.num_blocks == BY_FREE_MEMORY
     assert (config.max_step_tokens, config.max_sequences) == (8192, 256)
     assert _resolve(device="cuda", num_blocks=7, dtype="fp16").kv_dtype == "float16"
+    assert _resolve(device="cuda", dtype="fp16", kv_dtype="f16").kv_dtype == "float16"
+    assert _resolve(device="cuda", kv_dtype="int8").kv_dtype == "int8"
+    assert _resolve(device="cuda", kv_dtype="fp8", dtype="fp16").kv_dtype == "float8_e4m3"
     assert _resolve(device="cuda", num_blocks=7).num_blocks == 7
     assert _resolve(device="cuda", compute="int4").compute == "int4"
     assert _resolve(device="auto").device == "cpu"

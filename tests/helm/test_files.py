@@ -192,4 +192,4 @@ def test_engines_take_what_the_chart_lets_through() -> None:
     assert set(schema["device"]["enum"]) == set(config.DEVICES)
     assert set(schema["compute"]["enum"]) == {*config.COMPUTES, *config.GPU_COMPUTES}
     assert set(schema["dtype"]["enum"]) == {*config.DTYPES, *config.GPU_DTYPES}
-    assert set(schema["kvDtype"]["enum"]) == {*config.KV_DTYPES, *config.GPU_DTYPES}
+    assert set(schema["kvDtype"]["enum"]) == {*config.KV_DTYPES, *config.GPU_KV_DTYPES}

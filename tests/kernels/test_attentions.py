@@ -160,6 +160,7 @@ def test_the_doctor_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("TANDEM_GPU_KERNELS", "torch")
     found = backends.describe()
     assert (found["gpu"], found["gpu_operations"], found["gpu_attention"]) == ("H200", "torch", "flashinfer")
+    assert found["gpu_attention_8_bit"] == LEFT
     refused = found["gpu_attention_refused"]
     assert isinstance(refused, dict)
     assert refused["flash-attn-3"] == "not installed"

@@ -338,12 +338,14 @@ def test_doctor_says_what_will_be_used(fast: bool, monkeypatch: pytest.MonkeyPat
 def test_doctor_says_that_a_gpu_will_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernels that were chosen for it."""
     refused = {"flashinfer": "not installed", "flash-attn-2": "flash-attn 2.3 is installed"}
-    gpu = {"gpu_operations": "triton", "gpu_attention": "triton", "gpu_attention_refused": refused}
+    attention = {"gpu_attention": "flash-attn-3", "gpu_attention_8_bit": "triton", "gpu_attention_refused": refused}
+    gpu = {"gpu_operations": "triton", **attention}
     kernels = {"implementation": "cpp", "gpu": "H200", **gpu}
     monkeypatch.setattr(doctor, "_probe", lambda module, problems: kernels if module == "kernels" else {})
     used = json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).output)["use"]
     assert used["device"] == "cuda (H200)"
-    assert (used["kernels"], used["attention"], used["compute"]) == ("triton", "triton", "native")
+    assert (used["kernels"], used["attention"], used["kv_of_8_bits"]) == ("triton", "flash-attn-3", "triton")
+    assert used["compute"] == "native"
     assert used["exact_promise"] == "does not hold"
     text = CliRunner().invoke(cli, ["doctor"]).output
     assert "attention not flashinfer: not installed, flash-attn-2: flash-attn 2.3 is installed" in text

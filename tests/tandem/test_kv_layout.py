@@ -135,6 +135,15 @@ def test_numerics_of_several_ranks_are_paired_where_rounding_is_allowed() -> Non
     assert same_numerics(one, three, convert_dtype=True)
 
 
+def test_attention_by_another_package_is_paired_where_rounding_is_allowed() -> None:
+    """Codes of 8 bits are read by fewer packages than what they are made of."""
+    wide = "v1/native/kv-bfloat16/triton-3-cuda90/attention-flashinfer-0.6/t"
+    narrow = "v1/native/kv-int8/triton-3-cuda90/attention-triton/t"
+    assert not same_numerics(wide, narrow)
+    assert same_numerics(wide, narrow, convert_dtype=True)
+    assert not same_numerics(wide, narrow.replace("native", "fp8"), convert_dtype=True)
+
+
 @pytest.mark.parametrize("name", ["block_size", "num_layers", "num_kv_heads", "head_dim", "tp_size"])
 @pytest.mark.parametrize("value", [0, -1, (1 << 20) + 1])
 def test_impossible_numbers_name_the_field(name: str, value: int) -> None:

@@ -52,8 +52,9 @@
 {{- if and (not $gpu) (or (eq $engine.dtype "float16") (eq $engine.kvDtype "float16")) -}}
 {{- fail "engine.dtype and engine.kvDtype: float16 is for GPUs (gpu.count)" -}}
 {{- end -}}
-{{- if and $gpu (not (has $engine.kvDtype (list "auto" (ternary "bfloat16" $engine.dtype (eq $engine.dtype "auto"))))) -}}
-{{- fail (printf "engine.kvDtype %s: on GPUs it is that of engine.dtype, leave it auto" $engine.kvDtype) -}}
+{{- $kvDtypes := list "auto" "int8" "fp8_e4m3" (ternary "bfloat16" $engine.dtype (eq $engine.dtype "auto")) -}}
+{{- if and $gpu (not (has $engine.kvDtype $kvDtypes)) -}}
+{{- fail (printf "engine.kvDtype %s: on GPUs it is int8, fp8_e4m3, or that of engine.dtype (auto)" $engine.kvDtype) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

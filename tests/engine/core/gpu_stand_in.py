@@ -52,7 +52,8 @@ def load(
     """The engine's device path over the model at `path`."""
     sizes: dict[str, Any] = {"num_blocks": 32, "block_size": 4, "max_sequences": 8, "max_step_tokens": 64, **settings}
     dtype, compute = sizes.pop("dtype", "float32"), sizes.pop("compute", "native")
-    config = EngineConfig(str(path), device="cuda", compute=compute, dtype=dtype, kv_dtype=dtype, **sizes)
+    kv_dtype = sizes.pop("kv_dtype", dtype)
+    config = EngineConfig(str(path), device="cuda", compute=compute, dtype=dtype, kv_dtype=kv_dtype, **sizes)
     checkpoint = open_checkpoint(path)
     try:
         mirror = {"buffer_factory": buffer_factory, "transfers": transfers}

@@ -86,4 +86,15 @@ def test_replayed_steps_draw_what_eager_ones_do(name: str, tiny_model: Path, mon
 def test_what_was_asked_for_and_can_not_be_had_stops_the_start(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match=r"--attention: flashinfer can't be had: it takes float16 or bfloat16"):
         load(tiny_model, attention="flashinfer")
-    assert load(tiny_model).numerics_id.split("/")[-2].endswith("-triton")
+    assert load(tiny_model).numerics_id.split("/")[-2] == "attention-triton"
+
+
+@pytest.mark.usefixtures("packages")
+def test_codes_of_eight_bits_are_left_to_triton(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"flashinfer can't be had: .* values of torch.int8; usable here: triton"):
+        load(tiny_model, dtype="float16", kv_dtype="int8", attention="flashinfer")
+    wide, narrow = load(tiny_model, dtype="float16"), load(tiny_model, dtype="float16", kv_dtype="int8")
+    assert "/kv-float16/" in wide.numerics_id
+    assert "/attention-flashinfer-" in wide.numerics_id
+    assert "/kv-int8/" in narrow.numerics_id
+    assert "/attention-triton/" in narrow.numerics_id

@@ -65,9 +65,10 @@ def two_ranks(
         assert not following.is_alive()
 
 
-def test_tokens_are_those_of_one_rank(tiny_model: Path) -> None:
-    want = greedy(load(tiny_model), PROMPTS, 6, 4)
-    with two_ranks(tiny_model) as (leader, other):
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_tokens_are_those_of_one_rank(tiny_model: Path, kv_dtype: str) -> None:
+    want = greedy(load(tiny_model, kv_dtype=kv_dtype), PROMPTS, 6, 4)
+    with two_ranks(tiny_model, kv_dtype=kv_dtype) as (leader, other):
         got = greedy(leader, PROMPTS, 6, 4)
         assert leader.kv_cache.tensor.shape[3] == other.kv_cache.tensor.shape[3] == 1
     assert [one.tokens for one in got] == [one.tokens for one in want]
@@ -110,7 +111,8 @@ def test_steps_ahead_take_their_tokens_on_every_device(tiny_model: Path) -> None
     assert len(set(want)) > 1
 
 
-def test_every_ranks_blocks_go_by_the_host(tiny_model: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_every_ranks_blocks_go_by_the_host(tiny_model: Path, kv_dtype: str) -> None:
     """A prefill worker's ranks write theirs to their memories; a decode worker's bring what arrived there."""
     sent = [memoryview(bytearray()), memoryview(bytearray())]
 
@@ -123,7 +125,8 @@ def test_every_ranks_blocks_go_by_the_host(tiny_model: Path) -> None:
 
     prompt, spec = PROMPTS[0], SampleSpec(0, GREEDY, 0)
     last = Slice("r", prompt[10:], 10, [6, 1, 9], [spec])
-    with two_ranks(tiny_model, [factory(0), factory(1)]) as (leader, _), two_ranks(tiny_model) as receivers:
+    kind, factories = {"kv_dtype": kv_dtype}, [factory(0), factory(1)]
+    with two_ranks(tiny_model, factories, **kind) as (leader, _), two_ranks(tiny_model, **kind) as receivers:
         leader.runner.run(Batch([Slice("r", prompt[:10], 0, [6, 1, 9])]))
         for engine, memory in zip(receivers, sent, strict=True):
             assert any(memory)

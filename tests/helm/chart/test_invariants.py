@@ -258,6 +258,7 @@ def test_an_image_can_hold_the_model() -> None:
     [
         (["decode.gpu.count=1", "prefill.replicas=0", "engine.compute=fp8", "engine.dtype=float16"], "cuda"),
         (["engine.device=cuda", "engine.compute=native", "engine.kvDtype=bfloat16"], "cuda"),
+        (["engine.device=cuda", "engine.dtype=float16", "engine.kvDtype=fp8_e4m3"], "cuda"),
         (["decode.gpu.count=1", "prefill.gpu.count=1", "engine.device=cpu", "engine.compute=exact"], "cpu"),
     ],
 )
@@ -294,7 +295,7 @@ def test_what_devices_are_for(settings: list[str], device: str) -> None:
         (["engine.compute=native"], "engine.compute native is none of device cpu"),
         (["engine.device=cuda", "engine.compute=exact"], "engine.compute exact is none of device cuda"),
         (["engine.dtype=float16"], "float16 is for GPUs"),
-        (["engine.device=cuda", "engine.kvDtype=int8"], "engine.kvDtype int8: on GPUs it is that of engine.dtype"),
+        (["engine.device=cuda", "engine.kvDtype=float16"], "engine.kvDtype float16: on GPUs it is int8, fp8_e4m3, or"),
     ],
 )
 @pytest.mark.parametrize("major", ["3", "4"])
