@@ -31,7 +31,7 @@ class Loaded:
 
 
 def speculation_of(engine: Engine, flags: Flags) -> SpeculationConfig:
-    """A GPU's decode steps are captured and launched ahead; those that verify drafts are neither, unless asked for."""
+    """A GPU's decode steps are launched ahead, those that verify drafts are not: it has none unless asked for."""
     unasked = flags.automatic_speculation and engine.engine_config.device == "cuda"
     return SpeculationConfig() if unasked else flags.speculation
 

@@ -39,6 +39,16 @@ class Placing:
         """True when every sequence has one row: a decode step."""
         return len(self.token_ids) == len(self.context_lens)
 
+    def row_by_row(self) -> Placing:
+        """The same rows as sequences of one row each. A row sees the ones before it all the same: each layer writes
+        the keys and values of all rows before any of them reads."""
+        if self.one_each:
+            return self
+        counts = np.diff(self.query_starts)
+        starts = np.arange(self.num_rows + 1, dtype=np.int32)
+        tables, contexts = np.repeat(self.block_tables, counts, axis=0), (self.positions + 1).astype(np.int32)
+        return Placing(self.token_ids, self.positions, self.slots, tables, starts, contexts)
+
     def check(self, vocabulary: int, num_blocks: int, max_context: int) -> None:
         """What a CPU's kernels check themselves, for devices that can't be asked. Raises InternalError."""
         ids, tables = self.token_ids, self.block_tables

@@ -1,7 +1,8 @@
 """Decode steps captured as graphs: model, sampling, and the tokens kept where the next step finds them.
 
 One graph a bucket of rows and class of contexts. A step takes the smallest that holds it; the rest is padding. The
-class bounds the grid of attention and the block tables that are sent. Life of a graph: captured at warm-up, the largest
+class bounds the grid of attention and the block tables that are sent. Drafts are rows like others: a captured step has
+sequences of one row each, some of which may have the same blocks. Life of a graph: captured at warm-up, the largest
 first (they share one memory pool), or later when a step first needs it -> replayed -> dropped, when more than `limit`
 are held and it was used least recently.
 """
@@ -113,9 +114,10 @@ class DecodeGraphs:
         logger.info("captured %d decode graphs, which hold %.0f MiB", len(self._captured), held / (1 << 20))
 
     def key_for(self, placing: Placing, draws: Sequence[Draw]) -> Key | None:
-        """The graph of a step, or None when it must run eagerly: it prefills, or its draws need more than settings."""
+        """The graph of a step, or None when it must run eagerly: a row of it isn't drawn from once (it prefills), its
+        draws need more than settings, or it has more rows than any graph."""
         count = placing.num_rows
-        if not placing.one_each or len(draws) != count or count > self._buckets[-1]:
+        if len(draws) != count or count > self._buckets[-1]:
             return None
         if not all(draw.row == row and _is_plain(draw) for row, draw in enumerate(draws)):
             return None
@@ -127,7 +129,7 @@ class DecodeGraphs:
         self, key: Key, placing: Placing, draws: Sequence[Draw], sources: npt.NDArray[np.int64] | None
     ) -> Tensor:
         """Replay the step; its draws' values int32 [3, len(draws)], valid until the next launch of this graph."""
-        arrays = padded_arrays(placing, draws, sources, key.rows, self._width(key))
+        arrays = padded_arrays(placing.row_by_row(), draws, sources, key.rows, self._width(key))
         captured = self._get(key)
         self._model.backend.attention.plan(_host(arrays, key))
         self._staging.send(arrays, captured.layout, captured.inputs)

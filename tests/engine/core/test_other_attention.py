@@ -82,6 +82,24 @@ def test_replayed_steps_draw_what_eager_ones_do(name: str, tiny_model: Path, mon
     assert graphs.replays >= 4
 
 
+@pytest.mark.parametrize("name", ["flashinfer", "flash-attn-3"])
+@pytest.mark.usefixtures("packages")
+def test_replayed_steps_verify_drafts(name: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each draft is planned as a sequence that has its blocks in common with the row before it."""
+    want = generate(load(tiny_model, dtype="float16", attention=name, graphs=False).runner, 6, 8)[0]
+    graphs = RecordingGraphs(monkeypatch)
+    runner = load(tiny_model, device(graphs), dtype="float16", attention=name, max_sequences=4).runner
+    prompt, done = PROMPTS[0], list[int]()
+    for known, drafts in ((prompt, []), (want[:1], want[1:4]), (want[4:5], [])):
+        end = len(done) + len(drafts) + 1
+        specs = [SampleSpec(0, GREEDY, place, prompt, want[:place]) for place in range(len(done), end)]
+        start = len(prompt) + len(done) - len(known)
+        part = Slice("r", [*known, *drafts], start, [7, 6, 5, 4], specs, drafts=len(drafts))
+        done += [token.token_id for token in runner.run(Batch([part])).samples[0]]
+    assert done == want
+    assert graphs.replays == 2
+
+
 @pytest.mark.usefixtures("packages")
 def test_what_was_asked_for_and_can_not_be_had_stops_the_start(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match=r"--attention: flashinfer can't be had: it takes float16 or bfloat16"):
