@@ -27,13 +27,25 @@ def adopt(
 
     `logprobs` are parallel to `tokens`, or empty.
     """
+    held = len(output.state.token_ids)
+    append(request, output, tokens[held:], logprobs[held:], config)
+
+
+def append(
+    request: Request,
+    output: Output,
+    tokens: Sequence[int],
+    logprobs: Sequence[TokenLogprobs],
+    config: SchedulerConfig,
+) -> None:
+    """Take over `tokens` behind the output's own, up to where the output ends; `logprobs` as in `adopt`."""
     state = output.state
-    for position in range(len(state.token_ids), len(tokens)):
+    for place, token in enumerate(tokens):
         if not output.live:
             return
-        state.token_ids.append(tokens[position])
-        if position < len(logprobs):
-            state.logprobs.append(logprobs[position])
+        state.token_ids.append(token)
+        if place < len(logprobs):
+            state.logprobs.append(logprobs[place])
         state.finish_reason = stopping.finish_reason(request.record, state, request.stops, config.max_context)
 
 

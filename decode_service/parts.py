@@ -113,8 +113,8 @@ class Part:
         return taken
 
     def _adopt(self, output: Output, drawn: Sequence[SampledToken], config: SchedulerConfig) -> int:
-        state, before = output.state, len(output.state.token_ids)
-        tokens = [*state.token_ids, *(sampled.token_id for sampled in drawn)]
-        logprobs = [*state.logprobs, *(sampled.logprobs for sampled in drawn if sampled.logprobs is not None)]
-        adoption.adopt(self.request, output, tokens, logprobs, config)
-        return len(state.token_ids) - before
+        before = len(output.state.token_ids)
+        tokens = [sampled.token_id for sampled in drawn]
+        logprobs = [sampled.logprobs for sampled in drawn if sampled.logprobs is not None]
+        adoption.append(self.request, output, tokens, logprobs, config)
+        return len(output.state.token_ids) - before

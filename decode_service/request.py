@@ -13,7 +13,7 @@ output has a chain of its own. With one live output the trunk also covers the to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -100,8 +100,11 @@ class Request:
 
     @property
     def live(self) -> list[Output]:
-        """Outputs that need more tokens."""
-        return [output for output in self.outputs if output.live]
+        """Outputs that need more tokens; not to be changed."""
+        outputs = self.outputs
+        if len(outputs) == 1:  # as of nearly all requests, which are asked many times a step
+            return outputs if outputs[0].state.finish_reason is None else []
+        return [output for output in outputs if output.live]
 
     @property
     def shared_end(self) -> int:
@@ -130,13 +133,22 @@ class Request:
             if output.chain is not None
         ]
 
+    def pending_prompt(self) -> int:
+        """Tokens that its chains have to compute, those that have more than one."""
+        if self.trunk is None:
+            return sum(share.pending for share in self.shares() if share.pending > 1)
+        pending = self.shared_end - self.trunk.computed
+        return pending if pending > 1 else 0
+
     def tokens(self, start: int, end: int, output: Output | None) -> list[int]:
         """Tokens start .. end-1 of a chain (None: the trunk's)."""
         prompt = self.record.prompt
         if output is None and len(live := self.live) == 1:
             output = live[0]
-        tail: Sequence[int] = output.state.token_ids if output is not None else ()
+        tail: list[int] = output.state.token_ids if output is not None else []
         size = len(prompt)
+        if start >= size:
+            return tail[start - size : end - size]
         return [*prompt[start : min(end, size)], *tail[max(0, start - size) : max(0, end - size)]]
 
     def split(self) -> None:

@@ -268,7 +268,6 @@ class Scheduler:
         """How busy it is now."""
         requests = self._requests.values()
         running = [request for request in requests if request.state is State.RUNNING]
-        pending = [share.pending for request in running for share in request.shares() if share.pending > 1]
         waiting = [request for request in requests if request.state is State.WAITING]
         return Load(
             running_sequences=sum(len(request.live) for request in running),
@@ -276,7 +275,8 @@ class Scheduler:
             receiving_requests=sum(request.state is State.RECEIVING for request in requests),
             free_blocks=self.pool.num_free,
             total_blocks=self.pool.num_blocks,
-            queued_prefill_tokens=sum(pending) + sum(request.total_tokens for request in waiting),
+            queued_prefill_tokens=sum(request.pending_prompt() for request in running)
+            + sum(request.total_tokens for request in waiting),
         )
 
     def __contains__(self, key: str) -> bool:

@@ -34,6 +34,7 @@ from tandem.service import wire
 from tandem.service.logging import bind_request, get_logger
 from tandem.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 from worker.messages import info_to_pb, load_to_pb
+from worker.writing import until_first
 
 _log = get_logger(__name__)
 Requests = AsyncIterator[decode_pb2.DecodeRequest]
@@ -67,8 +68,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """See proto/tandem/v1/decode.proto."""
         start = await first_message(request_iterator)
         record = self._check_start(start)
-        # Apart from the first message: a write given up before it sent the headers would take the status with it.
-        await context.send_initial_metadata(())
         key, stream = self._worker.open_stream(start.feed_id, start.feed_number)
         call = _Call(key, stream, record, start.attempt)
         with bind_request(record.request_id, record.tenant):
@@ -87,7 +86,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._worker.check_open()
         with self._worker.feeds.opened(request.feed_id) as feed:
             await context.write(decode_pb2.WatchTokensResponse())
-            await _until_first(asyncio.create_task(_write_feed(feed, context)), feed.overflowed)
+            await until_first(asyncio.create_task(_write_feed(feed, context)), feed.overflowed)
 
     async def GetDecodeInfo(  # noqa: N802
         self, request: decode_pb2.GetDecodeInfoRequest, context: Context
@@ -127,6 +126,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             lambda scheduler: scheduler.admit(call.key, call.record, local=local)
         )
         try:
+            # Apart from the first message: a write given up before it sent the headers would take the status with it.
+            await context.send_initial_metadata(())
             # The engine answers after the step that runs; until then nobody may take the silence for its end.
             while not (await asyncio.wait({answer}, timeout=HEARTBEAT_SECONDS))[0]:
                 if self._worker.engine.alive:
@@ -142,7 +143,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Writes and reads until the end, or until the stream fails, even while a write is held up by the client."""
         reader = asyncio.create_task(self._read(call, requests))
         try:
-            await _until_first(asyncio.create_task(_write(call.stream, context)), call.stream.failed)
+            await until_first(asyncio.create_task(_write(call.stream, context)), call.stream.failed)
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
@@ -230,18 +231,6 @@ async def _write_feed(feed: Feed, context: Context) -> None:
     """Sends what waits, until the feed's error."""
     while True:
         await context.write(messages.feed_to_pb(await feed.get()))
-
-
-async def _until_first(writer: asyncio.Task[None], failed: asyncio.Future[None]) -> None:
-    """Until the writer is through, or `failed` has its exception, even while a write is held up by the client."""
-    try:
-        await asyncio.wait({writer, failed}, return_when=asyncio.FIRST_COMPLETED)
-        if failed.done():
-            failed.result()
-        await writer
-    finally:
-        writer.cancel()
-        await asyncio.gather(writer, return_exceptions=True)
 
 
 async def _quiet(lease: Lease) -> None:

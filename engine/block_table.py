@@ -48,8 +48,10 @@ class BlockTable:
 
     def blocks_needed(self, num_tokens: int, start: int | None = None) -> int:
         """How many blocks `ensure` would allocate, for growth and for private copies."""
-        grow = max(0, -(-num_tokens // self._pool.block_size) - len(self.blocks))
-        return grow + len(self._shared_places(num_tokens, start))
+        return self._growth(num_tokens) + len(self._shared_places(num_tokens, start))
+
+    def _growth(self, num_tokens: int) -> int:
+        return max(0, -(-num_tokens // self._pool.block_size) - len(self.blocks))
 
     def ensure(self, num_tokens: int, start: int | None = None) -> list[tuple[int, int]]:
         """Make positions start .. num_tokens-1 writable: grow, and replace blocks that others also see by private ones.
@@ -61,7 +63,11 @@ class BlockTable:
         """
         self.settle()
         shared = self._shared_places(num_tokens, start)
-        fresh = self._pool.allocate(self.blocks_needed(num_tokens, start))
+        needed = self._growth(num_tokens) + len(shared)
+        if not needed:  # as in most decode steps
+            self.num_tokens = max(self.num_tokens, num_tokens)
+            return []
+        fresh = self._pool.allocate(needed)
         copies: list[tuple[int, int]] = []
         for place in shared:
             source, destination = self.blocks[place], fresh.pop()

@@ -40,14 +40,22 @@ def sample(batch: Batch, predictions: Predictions) -> StepOutput:
     `predictions` has `num_sampled_rows` rows for each slice, in order. A slice with NaN or +inf logits, or with
     settings that can't be met, fails alone: see `StepOutput.errors`.
     """
+    best: list[int] = predictions.best.tolist() if predictions.best is not None else []
+    if best and (output := _all_picked(batch, best)) is not None:
+        return output
     wanted = draws_of(batch)
-    picked = [NOT_PICKED] * len(wanted)
-    if predictions.best is not None:
-        best = predictions.best.tolist()
-        picked = [best[draw.row] for draw in wanted]
+    picked = [best[draw.row] for draw in wanted] if best else [NOT_PICKED] * len(wanted)
     draws = [draw for draw, token in zip(wanted, picked, strict=True) if token == NOT_PICKED]
     drawn = iter(draw_tokens(predictions.logits, draws))
     return assemble(batch, [next(drawn) if token == NOT_PICKED else Drawn(token) for token in picked])
+
+
+def _all_picked(batch: Batch, best: list[int]) -> StepOutput | None:
+    """The usual greedy step: no drafts, and the largest logit of every row is known and sound."""
+    if min(best) < 0 or any(part.drafts for part in batch.slices):
+        return None
+    rows = iter(best)
+    return StepOutput([[SampledToken(next(rows))] * len(part.samples) if part.samples else [] for part in batch.slices])
 
 
 def draws_of(batch: Batch) -> list[Draw]:

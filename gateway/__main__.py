@@ -14,6 +14,7 @@ from gateway.discovery.flags import add_discovery_flags, source_of
 from gateway.wiring import Bindings, Gateway
 from tandem.errors import ConfigError
 from tandem.service import logging, server
+from tandem.service.collector import freeze_loaded
 from tandem.service.tls import add_tls_flags, tls_files
 
 
@@ -146,6 +147,7 @@ async def _main(flags: argparse.Namespace) -> int:
     gateway = Gateway(_bindings(flags), config)
     try:
         await gateway.start()
+        freeze_loaded()
         print(gateway.ready_line(), flush=True)  # noqa: T201
         return await gateway.run(flags.drain_grace)
     finally:

@@ -248,14 +248,14 @@ class Attempt:
 
     def _on_admitted(self, admitted: decode_pb2.DecodeAdmitted) -> None:
         self._aboard = True
+        self._lease = Lease(admitted.lease_id, admitted.attempt, admitted.needed_start, admitted.needed_end)
+        if self._ticket.prefill is not None:
+            self._start_prefill(self._ticket.prefill)  # before the client is told: it waits for the first token
         self._admitted(self._decode.worker)
         self._count_cached(admitted.cached_tokens)
-        self._lease = Lease(admitted.lease_id, admitted.attempt, admitted.needed_start, admitted.needed_end)
         overtook, self._overtook = self._overtook, []
         for deltas in overtook:
             self._on_feed(deltas)
-        if self._ticket.prefill is not None:
-            self._start_prefill(self._ticket.prefill)
 
     def _count_cached(self, tokens: int) -> None:
         # Once tokens were given out, a worker's hits are those of a recomputed record.

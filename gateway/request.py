@@ -72,6 +72,7 @@ class RequestRun:
         """What the client of a resumed request lacks of the tokens that it has: told once a worker is found."""
         self._restored = 0
         """Tokens that the client had before."""
+        self._now = asyncio.get_running_loop().time
         self._opened = self._first = self._last = 0.0
         self._last_of: dict[int, float] = {}
         self.counted = Counted(prompt_tokens=len(job.prompt))
@@ -155,9 +156,6 @@ class RequestRun:
             self._on_lost(lost)
         finally:
             running.dec()
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
 
     def _on_admitted(self, worker: Worker) -> None:
         """From here on only a worker that computes the same bits may go on."""

@@ -23,6 +23,7 @@ from tandem.service import wire
 from tandem.service.logging import bind_request
 from tandem.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
 from worker import messages
+from worker.writing import until_first
 
 Context = grpc.aio.ServicerContext[Any, Any]
 PROGRESS_SECONDS = 1.0
@@ -42,23 +43,23 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._worker.identity.check_incarnation(request.incarnation)
         record = wire.record_from_pb(request.record)
         with bind_request(record.request_id, record.tenant):
-            # Apart from the first message: a write given up before it sent the headers would take the status with it.
-            await context.send_initial_metadata(())
             job = self._worker.open_job(record, target_from_pb(request.target))
-            writer = asyncio.create_task(self._serve(job, context))
             try:
-                # A failure must get through even while the client holds up a write.
-                await asyncio.wait({writer, job.failed}, return_when=asyncio.FIRST_COMPLETED)
-                if job.failed.done():
-                    job.failed.result()
-                await writer
+                await self._run(job, context)
             finally:
                 self._worker.close_job(job)
-                writer.cancel()
-                await asyncio.gather(writer, return_exceptions=True)
 
-    async def _serve(self, job: Job, context: Context) -> None:
-        admission = await self._submit(job, context)
+    async def _run(self, job: Job, context: Context) -> None:
+        answer = self._worker.engine.submit(job.key, job.record)
+        try:
+            # Apart from the first message: a write given up before it sent the headers would take the status with it.
+            await context.send_initial_metadata(())
+            await until_first(asyncio.create_task(self._serve(job, answer, context)), job.failed)
+        finally:
+            answer.cancel()
+
+    async def _serve(self, job: Job, answer: asyncio.Future[Admission], context: Context) -> None:
+        admission = await self._admitted(job, answer, context)
         job.start_transfer(context.time_remaining())
         await context.write(_accepted(admission))
         clock = asyncio.get_running_loop().time
@@ -80,16 +81,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 if self._worker.engine.alive:
                     await context.write(self._progress(job))
 
-    async def _submit(self, job: Job, context: Context) -> Admission:
+    async def _admitted(self, job: Job, answer: asyncio.Future[Admission], context: Context) -> Admission:
         """The engine answers after the step that runs; until then nobody may take the silence for its end."""
-        answer = self._worker.engine.submit(job.key, job.record)
-        try:
-            while not (await asyncio.wait({answer}, timeout=PROGRESS_SECONDS))[0]:
-                if self._worker.engine.alive:
-                    await context.write(self._progress(job))
-            return answer.result()
-        finally:
-            answer.cancel()
+        while not (await asyncio.wait({answer}, timeout=PROGRESS_SECONDS))[0]:
+            if self._worker.engine.alive:
+                await context.write(self._progress(job))
+        return answer.result()
 
     def _progress(self, job: Job) -> prefill_pb2.PrefillResponse:
         steps = self._worker.engine.steps

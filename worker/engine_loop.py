@@ -233,7 +233,7 @@ class EngineLoop(ABC, Generic[S, E, L]):
         while not stopping:
             commands, stopping = self._receive(idle)
             try:
-                idle = self._turn(commands, stopping)
+                idle = self._turn(commands, stopping, rested=idle and not commands)
             except Exception as exc:  # our own bug: nobody may hang on it, and the thread goes on
                 _log.error("the engine loop failed", exc_info=exc)
                 self._wait_for_the_other()
@@ -242,8 +242,8 @@ class EngineLoop(ABC, Generic[S, E, L]):
                 idle = True
             self._pulse.turn()
 
-    def _turn(self, commands: list[Command], stopping: bool) -> bool:
-        """From commands to what the step brought. True: there was nothing to compute."""
+    def _turn(self, commands: list[Command], stopping: bool, *, rested: bool) -> bool:
+        """From commands to what the step brought; `rested`: there was nothing for a beat. True: nothing to compute."""
         self._execute(commands)
         flight = self._flight
         batch = None if stopping or flight is not None else self._next_batch()
@@ -256,7 +256,7 @@ class EngineLoop(ABC, Generic[S, E, L]):
         idle = batch is None and flight is None
         if commands or not idle:
             self._check.changed()
-        if idle:
+        elif rested:  # not sooner: the check would hold up what the last turn tells
             self._check.idle()
         return idle
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import secrets
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from kernels import kv_order
 from kv_transfer.registry import host_id
 from tandem.kv_layout import DEFAULT_ORDER, PAIRED_ORDER, KvLayout
 from tandem.models import resolve_model
+from tandem.service.collector import freeze_loaded
 from worker.flags import Flags
 from worker.identity import WorkerIdentity
 
@@ -30,8 +30,7 @@ def load(
     """
     engine = load_part(flags, make_buffer, ranks, sends=sends)
     engine.runner.warm_up()
-    gc.collect()
-    gc.freeze()  # what is loaded stays: the collector need not look at it again in the middle of a step
+    freeze_loaded()
     return engine
 
 

@@ -163,6 +163,21 @@ async def test_stop_leaves_a_hanging_step_behind(monkeypatch: pytest.MonkeyPatch
         assert not bench.engine.alive
 
 
+async def test_books_are_checked_a_beat_after_the_last_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[int] = []
+    monkeypatch.setattr(TinyScheduler, "check_integrity", lambda scheduler: checks.append(scheduler.steps))
+    monkeypatch.setattr(engine_loop, "IDLE_BEAT", 30.0)
+    async with running() as bench:
+        await bench.engine.submit("a")
+        await until(lambda: News("a", 0) in bench.events)
+        await bench.engine.call(lambda scheduler: None)
+        assert not checks, "the turn that has news to tell is not held up"
+    monkeypatch.setattr(engine_loop, "IDLE_BEAT", 0.02)
+    async with running() as bench:
+        await bench.engine.submit("a")
+        await until(lambda: bool(checks) and checks[-1] == 1)
+
+
 async def test_an_idle_engine_is_alive_and_a_stuck_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_loop, "IDLE_BEAT", 0.02)
     monkeypatch.setattr(pulse, "STEP_SECONDS", 0.3)
