@@ -41,7 +41,8 @@ def _kernels(checkpoint: Checkpoint, path: Path) -> str:
     config = resolve({"model": str(path)}, checkpoint.config)
     compute = config.compute
     if config.device == "cuda":
-        return f"{compute} (a GPU's, {config.dtype})"
+        kept = ", codes as the file has them where a product takes such" if checkpoint.coding else ""
+        return f"{compute} (a GPU's, {config.dtype}{kept})"
     implementation = dispatch.select().name
     if compute == "int8":
         return f"int8 ({'AMX tiles' if dispatch.has_tiles() else dispatch.int8_isa()})"

@@ -1,11 +1,12 @@
 """From an open checkpoint to a `Model` in a GPU's memory: tensor by tensor, each rounded to the engine's dtype there.
 
-The host holds one tensor at a time, the GPU the model and the parts of one fused weight.
+The host holds one tensor at a time, the GPU the model and the parts of one fused weight. Quantised weights of
+safetensors stay the file's codes where a product here takes such (`kernels.triton.products`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,11 @@ from engine.models.transformer import Layer, Model, Product, Progress
 from engine.weights.checkpoint import Checkpoint
 from kernels.backends import Backend, Operations
 from kernels.dense import DenseLinear
+from kernels.int8 import GROUP
 from tandem.errors import ConfigError
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Tensor -> [N, K], of parts that are one behind the other along N."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +51,14 @@ def load_device_model(
     backend: Backend,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    codes: bool = True,
 ) -> Model:
-    """Load all weights. The checkpoint may be closed afterwards.
+    """Load all weights. The checkpoint may be closed afterwards. Without `codes` quantised ones are written out.
 
     Raises ModelFormatError as `load_model`, and ConfigError with the numbers when the GPU's memory can't hold them.
     """
-    loader = _DeviceLoader(checkpoint, engine_config, backend, device)
+    loader = _DeviceLoader(checkpoint, engine_config, backend, device, codes)
     try:
         return loader.load(progress)
     except torch.OutOfMemoryError as error:
@@ -86,8 +93,9 @@ class _DeviceLoader:
     """Life cycle: built, `load` once, thrown away."""
 
     def __init__(
-        self, checkpoint: Checkpoint, engine_config: EngineConfig, backend: Backend, device: torch.device
+        self, checkpoint: Checkpoint, engine_config: EngineConfig, backend: Backend, device: torch.device, codes: bool
     ) -> None:
+        self._keeps_codes = codes and bool(checkpoint.coding)
         self._source = TensorSource(checkpoint, engine_config.model)
         self._engine, self._config = engine_config, checkpoint.config
         self._backend, self._device = backend, device
@@ -141,32 +149,71 @@ class _DeviceLoader:
         if with_bias:
             biases = [self._source.vector(f"{at}.{part}.bias", rows) for part, rows in outputs.items()]
             bias = torch.cat(biases).to(self._device, self._dtype)
-        if self._engine.compute == "int4" and (coded := self._coded(at, outputs, inputs, bias)) is not None:
-            return coded
-        return quantized(self._fused(at, outputs, inputs), bias, self._engine.compute)
+        shapes = {f"{at}.{part}.weight": (rows, inputs) for part, rows in outputs.items()}
+        if (stored := self._stored(shapes, bias)) is not None:
+            return stored
+        if len(shapes) > 1 and (parts := self._side_by_side(shapes, bias)) is not None:
+            return parts
+        return quantized(self._fused(shapes), bias, self._engine.compute)
 
-    def _coded(self, at: str, outputs: Mapping[str, int], inputs: int, bias: Tensor | None) -> Product | None:
-        """The file's own codes, where all parts have such of one number of bits."""
-        names = {f"{at}.{part}.weight": rows for part, rows in outputs.items()}
-        parts = [self._source.codes(name, (rows, inputs)) for name, rows in names.items()]
+    def _side_by_side(self, shapes: Shapes, bias: Tensor | None) -> Product | None:
+        """A product for each part, where some take the file's codes and no one product takes all; else None."""
+        if not self._keeps_codes or self._engine.compute != "native":
+            return None
+        rows = [rows for rows, _ in shapes.values()]
+        own: Sequence[Tensor | None] = [None] * len(rows) if bias is None else torch.split(bias, rows)
+        each = [({name: shape}, part) for (name, shape), part in zip(shapes.items(), own, strict=True)]
+        stored = [self._stored(shape, part) for shape, part in each]
+        if all(product is None for product in stored):
+            return None
+        from kernels.triton.products import SideBySide
+
+        pairs = zip(stored, each, strict=True)
+        return SideBySide([product or DenseLinear(self._fused(shape), part) for product, (shape, part) in pairs])
+
+    def _stored(self, shapes: Shapes, bias: Tensor | None) -> Product | None:
+        """The file's own codes, where there is a product that takes those of all parts and `compute` wants such."""
+        compute = self._engine.compute
+        found: Product | None = None
+        if self._keeps_codes and compute != "int4":
+            found = self._scaled(shapes, bias)
+        if found is None and (compute == "int4" or (self._keeps_codes and compute == "native")):
+            found = self._grouped(shapes, bias)
+        if found is not None:
+            for name in shapes:
+                self._source.release(name)
+        return found
+
+    def _scaled(self, shapes: Shapes, bias: Tensor | None) -> Product | None:
+        """Codes of 8 bits, activations too."""
+        coded = [self._source.coded(name, shape) for name, shape in shapes.items()]
+        parts = [part for part in coded if part is not None]
+        kinds = {"fp8" if part.fp8 else "int8" for part in parts}
+        if len(parts) < len(coded) or (self._engine.compute != "native" and kinds != {self._engine.compute}):
+            return None
+        from kernels.triton.products import stored_product
+
+        return stored_product(parts, self._device, bias)
+
+    def _grouped(self, shapes: Shapes, bias: Tensor | None) -> Product | None:
+        """Codes of weights alone, where all parts have such of one number of bits."""
+        parts = [self._source.codes(name, shape) for name, shape in shapes.items()]
         codes = [part for part in parts if part is not None]
-        if len(codes) < len(parts) or len({part.bits for part in codes}) > 1:
+        if len(codes) < len(parts) or len({part.bits for part in codes}) > 1 or codes[0].codes.shape[1] % GROUP:
             return None
         from kernels.triton.products import coded_product
 
-        product = coded_product(codes, self._device, bias)
-        for name in names:
-            self._source.release(name)
-        return product
+        return coded_product(codes, self._device, bias)
 
-    def _fused(self, at: str, outputs: Mapping[str, int], inputs: int) -> Tensor:
-        weight = torch.empty((sum(outputs.values()), inputs), dtype=self._dtype, device=self._device)
+    def _fused(self, shapes: Shapes) -> Tensor:
+        """All parts written out, one behind the other."""
+        rows, inputs = sum(rows for rows, _ in shapes.values()), next(iter(shapes.values()))[1]
+        weight = torch.empty((rows, inputs), dtype=self._dtype, device=self._device)
         first = 0
-        for part, rows in outputs.items():
-            name = f"{at}.{part}.weight"
-            weight[first : first + rows].copy_(self._source.take(name, (rows, inputs)))
+        for name, shape in shapes.items():
+            weight[first : first + shape[0]].copy_(self._source.take(name, shape))
             self._source.release(name)
-            first += rows
+            first += shape[0]
         return weight
 
     def _weight(self, name: str, shape: tuple[int, int]) -> Tensor:

@@ -93,7 +93,9 @@ def load_rank_on_device(
     config, vocabulary = part.config, whole.config.vocab_size
     engine_config = replace(engine_config, graphs=False)  # see `engine.parallel.device_steps`
     backend = for_device(attention_shape(config, engine_config), device.torch, engine_config.attention)
-    model = over_ranks(load_device_model(part, engine_config, backend, device.torch), ranks, vocabulary)
+    # Not as codes: those of 8 bits have products that round rows, of which a rank has parts.
+    loaded = load_device_model(part, engine_config, backend, device.torch, codes=False)
+    model = over_ranks(loaded, ranks, vocabulary)
     ranks.agree(_digest(str(vocabulary), backend.attention.numerics, engine_config))  # before all compute together
     if engine_config.num_blocks == BY_FREE_MEMORY:
         most = int(machine_memory() * MIRROR_SHARE) // ranks.size if transfers else None
