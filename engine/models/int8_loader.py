@@ -20,7 +20,7 @@ from engine.models.rope import rope_tables
 from engine.models.tensors import EMBEDDING, HEAD, TensorSource, load_side_by_side
 from engine.models.transformer import Progress
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.int8_codes import rounded_again
+from engine.weights.int8_codes import rounded, rounded_again
 from kernels.int8 import GroupWeights, Int8Linear, quantize_weight
 from kernels.step import Step, StepLayer, StepLinear, gate_up_order
 
@@ -141,7 +141,7 @@ class _Int8Loader:
         codes = self._source.codes(name, shape)
         if codes is None:
             coded = self._source.coded(name, shape)
-            codes = quantize_weight(self._source.take(name, shape)) if coded is None else rounded_again(coded)
+            codes = rounded(self._source.take(name, shape)) if coded is None else rounded_again(coded)
         self._source.release(name)
         return codes
 

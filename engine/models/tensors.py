@@ -77,9 +77,15 @@ def load_side_by_side(
 ) -> tuple[tuple[L, ...], R]:
     """`layer(0)`, `layer(1)`, ... and what `rest`, the largest part, gives: as many at once as there are threads."""
     layers: list[L] = []
+
+    def load(index: int) -> L:
+        loaded = layer(index)
+        _trim_heap()  # else each thread's heap keeps what its largest layer took
+        return loaded
+
     with _one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
         largest = pool.submit(rest)
-        for one in pool.map(layer, range(num_layers)):
+        for one in pool.map(load, range(num_layers)):
             layers.append(one)
             if progress is not None:
                 progress(len(layers), num_layers)

@@ -7,14 +7,16 @@ groups is rounded again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from kernels.coded import CodedWeights
 from kernels.int8 import GROUP, ZEROS, GroupWeights, quantize_weight
 
-CHUNK_ELEMENTS: Final = 1 << 20
+CHUNK_ELEMENTS: Final = 1 << 16
 """Of a weight that are float32 at a time while it is rounded again."""
 
 
@@ -36,10 +38,21 @@ def group_weights(weights: CodedWeights) -> GroupWeights | None:
 
 def rounded_again(weights: CodedWeights) -> GroupWeights:
     """The same weight rounded to 8 bits in groups of 32, some rows at a time: never all of it is float32."""
-    rows, inputs = weights.codes.shape
+    return _rounded(weights.codes.shape, lambda rows: weights.chosen(rows).dequantized())
+
+
+def rounded(weight: Tensor) -> GroupWeights:
+    """A weight [N, K] of plain numbers as `rounded_again` has it."""
+    return _rounded(weight.shape, lambda rows: weight[rows])
+
+
+def _rounded(shape: tuple[int, ...], some: Callable[[Tensor], Tensor]) -> GroupWeights:
+    """`some(rows)` gives rows int64 of the weight."""
+    rows, inputs = shape
+    codes = torch.empty(rows, inputs, dtype=torch.uint8)
+    scales = torch.empty(rows, -(-inputs // GROUP))
     step = max(1, CHUNK_ELEMENTS // inputs)
-    parts = [
-        quantize_weight(weights.chosen(torch.arange(first, min(first + step, rows))).dequantized())
-        for first in range(0, rows, step)
-    ]
-    return GroupWeights(8, torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
+    for first in range(0, rows, step):
+        part = quantize_weight(some(torch.arange(first, min(first + step, rows))))
+        codes[first : first + step], scales[first : first + step] = part.codes, part.scales
+    return GroupWeights(8, codes, scales)

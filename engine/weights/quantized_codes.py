@@ -36,9 +36,11 @@ def _unpack3(data: Tensor) -> Tensor:
     rows, size = data.shape
     padded = torch.zeros(rows, -(-size // 3) * 3, dtype=torch.uint8)
     padded[:, :size] = data
-    low, middle, high = padded.view(rows, -1, 3).to(torch.int32).unbind(-1)
-    whole = low | middle << 8 | high << 16
-    return torch.stack([whole >> shift & 7 for shift in range(0, 24, 3)], dim=-1).to(torch.uint8).view(rows, -1)
+    low, middle, high = padded.view(rows, -1, 3).unbind(-1)
+    # Of bytes alone, whose bits beyond 8 are lost: wider words would take several times the weight.
+    fields = (low, low >> 3, low >> 6 | middle << 2, middle >> 1)
+    more = (middle >> 4, middle >> 7 | high << 1, high >> 2, high >> 5)
+    return torch.stack([*fields, *more], dim=-1).bitwise_and_(7).view(rows, -1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
