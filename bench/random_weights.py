@@ -70,6 +70,7 @@ class RandomCheckpoint:
 
     files: Sequence[Path] = ()
     coding = ""
+    kv_scales = ""
 
     def __init__(self, shape: str, device: str) -> None:
         """`shape` is one of SHAPES. Raises ConfigError for another."""

@@ -40,6 +40,8 @@ class Rounding:
     kind: Literal["int8", "fp8"]
     group: int | None = None
     scale: float | None = None
+    by_inverse: bool = False
+    """Rows are multiplied by the inverse of their scale, not divided by it, which decides ties (torchao)."""
 
     @property
     def steps(self) -> float:
@@ -279,7 +281,7 @@ def _scales(x: torch.Tensor, rounding: Rounding) -> torch.Tensor:
 
 
 def _rounded(x: torch.Tensor, scales: torch.Tensor, rounding: Rounding) -> torch.Tensor:
-    scaled = x / scales
+    scaled = x * (1 / scales) if rounding.by_inverse else x / scales
     if rounding.kind == "int8":
         return scaled.clamp_(-128, 127).round_() * scales
     return scaled.clamp_(-FP8_MAX, FP8_MAX).to(FP8).float() * scales

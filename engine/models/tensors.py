@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.models.transformer import Progress
-from engine.weights.checkpoint import Checkpoint
+from engine.weights.checkpoint import Checkpoint, kv_scale_names
 from kernels.coded import CodedWeights
 from kernels.int8 import GroupWeights
 from kernels.kv_codes import FixedScales
@@ -127,15 +127,15 @@ class TensorSource:
         self._used.add(name)
 
     def kv_scales(self, attention: str, kv_dtype: str) -> FixedScales | None:
-        """The scales of keys and values that a checkpoint has for a layer's 8-bit floats; None without, or where the
-        cache holds something else. Raises ModelFormatError for scales that are no positive numbers, or just one.
+        """The scales of keys and values that a checkpoint has for a layer's cache; None without, or where that holds
+        something else than they are for. Raises ModelFormatError for scales that are no positive numbers, or just one.
         """
-        names = [f"{attention}.{part}_scale" for part in ("k", "v")]
+        names = kv_scale_names(attention, self._checkpoint.names())
         there = [name for name in names if name in self._checkpoint.names()]
         if len(there) == 1:
             missing = next(name for name in names if name not in there)
             raise ModelFormatError(f"{self._path}: tensor {missing} is missing; {there[0]} is there")
-        if not there or kv_dtype != "float8_e4m3":
+        if not there or kv_dtype != self._checkpoint.kv_scales:
             self._used.update(there)
             return None
         return self._scale(names[0]), self._scale(names[1])

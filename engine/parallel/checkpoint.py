@@ -44,6 +44,11 @@ class RankCheckpoint:
         """The whole's."""
         return self._whole.coding
 
+    @property
+    def kv_scales(self) -> str:
+        """The whole's."""
+        return self._whole.kv_scales
+
     def names(self) -> Sequence[str]:
         """The whole's."""
         return self._whole.names()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -50,6 +50,10 @@ class Checkpoint(Protocol):
     @property
     def coding(self) -> str:
         """What the stored bytes mean where their types don't say: part of the model's identity. Mostly empty."""
+
+    @property
+    def kv_scales(self) -> str:
+        """The cache's type that scales of keys and values are for, where layers have such (`k_scale`, `v_scale`)."""
 
     def names(self) -> Sequence[str]:
         """All tensors, sorted."""
@@ -103,6 +107,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 PICKLE_REFUSED: Final = "pickle files can run code and are never loaded; convert the model to safetensors or GGUF"
+
+
+KV_SCALES: Final = ("{}.{}_scale", "{}.{}_proj.output_scale")
+"""Names of an attention layer's scales of keys (k) and values (v): as tools write them, and as they did until 2024."""
+
+
+def kv_scale_names(attention: str, names: Collection[str]) -> list[str]:
+    """Keys' and values', in the spelling of which any is in `names`; the first one without."""
+    spelled = [[form.format(attention, part) for part in ("k", "v")] for form in KV_SCALES]
+    return next((pair for pair in spelled if any(name in names for name in pair)), spelled[0])
 
 
 def read_config(path: str | Path) -> ModelConfig:

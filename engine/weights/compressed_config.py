@@ -19,6 +19,7 @@ _PACKINGS: Final[Mapping[str, Packing]] = {
     "float-quantized": "plain",
     "naive-quantized": "plain",
 }
+_KV_DTYPES: Final = {"float": "float8_e4m3", "int": "int8"}
 _RANK: Final = {"name": 0, "match": 1, "all": 2}
 
 
@@ -47,22 +48,26 @@ def _check_dense(settings: Fields) -> None:
         raise settings.error("transform_config", "is not supported")
 
 
-def has_kv_scales(settings: Fields) -> bool:
-    """True when each layer has a scale for its keys and one for its values, FP8 both: all that is read.
+def kv_scales_dtype(settings: Fields) -> str:
+    """The type of a cache that each layer has a scale of keys and one of values for; empty: layers have none.
 
-    Raises ModelFormatError for any other `kv_cache_scheme`.
+    Dynamic schemes have none: a cache of 8 bits finds its own. Raises ModelFormatError for a `kv_cache_scheme` that
+    isn't read.
     """
     value = settings.get("kv_cache_scheme")
     if value is None:
-        return False
+        return ""
     if not isinstance(value, Mapping):
         raise settings.error("kv_cache_scheme", "must be an object")
     fields = Fields(f"{settings.source}: kv_cache_scheme", value)
-    form = (fields.text("type", "int").lower(), fields.integer("num_bits", 8), fields.text("strategy", "tensor"))
-    how = (fields.boolean("symmetric", True), fields.boolean("dynamic", False))
-    if form != ("float", 8, "tensor") or how != (True, False):
-        raise settings.error("kv_cache_scheme", "is supported as static, symmetric float 8 with strategy 'tensor' only")
-    return True
+    kind = _KV_DTYPES.get(fields.text("type", "int").lower())
+    if kind is None or fields.integer("num_bits", 8) != 8 or not fields.boolean("symmetric", True):
+        raise settings.error("kv_cache_scheme", "is supported as symmetric float 8 or int 8 only")
+    if fields.boolean("dynamic", False):
+        return ""
+    if fields.text("strategy", "tensor") != "tensor":
+        raise settings.error("kv_cache_scheme", "is supported with strategy 'tensor' only, unless it is dynamic")
+    return kind
 
 
 def _group_rules(settings: Fields, name: str, group: object) -> list[Rule]:

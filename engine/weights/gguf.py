@@ -91,6 +91,11 @@ class GgufCheckpoint:
         """Nothing: types say all."""
         return ""
 
+    @property
+    def kv_scales(self) -> str:
+        """GGUF has none."""
+        return ""
+
     def names(self) -> Sequence[str]:
         """All tensors' Hugging Face names, sorted."""
         return sorted(self._entries)

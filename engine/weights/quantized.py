@@ -21,6 +21,7 @@ awq_gemv  qweight int32 [N, K / 8], qzeros [N, words], scales [N, 8 words], word
 packed    weight_packed int32 [N, K bits / 32], weight_scale [N, G], weight_zero_point [N bits / 32, G], weight_shape
 table     weight uint8 [N K / 2, 1], two codes a byte, weight.quant_map [16], weight.absmax for all, weight.quant_state
 plain     weight int8 or FP8 (e4m3) [N, K], weight_scale for all, a row, a group or a block of it
+          (bitsandbytes: SCB [N], 127 times the scale, and weight_format, which is 0; torchao: _weight_qdata and so on)
 """
 
 BITS: Final = (2, 3, 4, 8)
@@ -36,6 +37,8 @@ class Activations:
     dynamic: bool
     """False: one scale for everything, in the tensor `input_scale`."""
     group: int | None = None
+    by_inverse: bool = False
+    """Rows are multiplied by the inverse of their scale, not divided by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,11 @@ class Scheme:
     """Inputs are in groups by a table (desc_act's `g_idx`), not by their place."""
     activations: Activations | None = None
     scale_name: str = "weight_scale"
+    codes_name: str = "weight"
+    """As `scale_name` and `zeros_name` of the packing "plain" only."""
+    zeros_name: str = "weight_zero_point"
+    steps: int = 1
+    """Scales are stored that many times as large (bitsandbytes: 127, what the largest code stands for)."""
 
     def describe(self) -> str:
         """For people: "int4, groups of 128", "fp8, blocks of 128 x 128, activations fp8"."""
@@ -104,12 +112,12 @@ class Quantization:
     """A checkpoint's quantisation: the first rule that fits a layer says how it is stored."""
 
     method: str
-    """gptq, awq, auto-round, compressed-tensors, fp8 or bitsandbytes."""
+    """gptq, awq, auto-round, compressed-tensors, fp8, bitsandbytes or torchao."""
     rules: Sequence[Rule]
     facts: str = field(repr=False, default="")
     """The configuration in a fixed spelling: part of the model's identity, since it says what the bytes mean."""
-    kv_scales: bool = False
-    """Every attention layer has a `k_scale` and a `v_scale`."""
+    kv_scales: str = ""
+    """The type of cache that every attention layer has a `k_scale` and a `v_scale` for; empty: nothing is said."""
 
     def scheme(self, layer: str) -> Scheme | None:
         """How the weight of `layer` is stored; None: as plain numbers."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.weights.checkpoint import StoredTensor
+from engine.weights.checkpoint import StoredTensor, kv_scale_names
 from engine.weights.int8_codes import group_weights
 from engine.weights.quantized import Quantization, Scheme
 from engine.weights.quantized_parts import Parts
@@ -25,7 +25,7 @@ from kernels.coded import FP8, CodedWeights
 from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
-CODES: Final = ("qweight", "weight_packed")
+CODES: Final = ("qweight", "weight_packed", "_weight_qdata")
 """What codes are called where it isn't `weight`."""
 
 
@@ -58,6 +58,11 @@ class QuantizedCheckpoint:
     def coding(self) -> str:
         """What the stored bytes mean, beside their types: part of the model's identity."""
         return self._quantization.facts
+
+    @property
+    def kv_scales(self) -> str:
+        """What `kv_cache_scheme` says, else 8-bit floats."""
+        return self._quantization.kv_scales or self._inner.kv_scales
 
     @property
     def schemes(self) -> Mapping[str, Scheme]:
@@ -140,7 +145,8 @@ class QuantizedCheckpoint:
             layer, _, suffix = name.rpartition(".")
             if suffix in SUFFIXES and layer not in found:
                 scheme = self._quantization.scheme(layer)
-                wanted = {None: "codes", "packed": "weight_packed", "plain": "weight as int8 or FP8"}
+                plain = "" if scheme is None else scheme.codes_name
+                wanted = {None: "codes", "packed": "weight_packed", "plain": f"{plain} as int8 or FP8"}
                 codes = wanted.get(None if scheme is None else scheme.packing, "qweight")
                 raise self._error(f"tensor {layer}.{codes} is missing; expected beside {name}")
             if suffix in CODES and _weight(layer) in names:
@@ -157,8 +163,9 @@ class QuantizedCheckpoint:
     def _check_kv_scales(self) -> None:
         """What kv_cache_scheme promises."""
         layers = range(self._inner.config.num_layers) if self._quantization.kv_scales else ()
-        wanted = [f"model.layers.{layer}.self_attn.{part}_scale" for layer in layers for part in ("k", "v")]
-        missing = sorted({*wanted} - {*self._inner.names()})
+        names = frozenset(self._inner.names())
+        wanted = [name for layer in layers for name in kv_scale_names(f"model.layers.{layer}.self_attn", names)]
+        missing = sorted({*wanted} - names)
         if missing:
             raise self._error(f"tensor {missing[0]} is missing, which kv_cache_scheme names; expected one number")
 

@@ -1,7 +1,7 @@
 """From a config.json's `quantization_config` to a `Quantization`, for every tool whose checkpoints are read.
 
 What the keys mean is what the tools do with them: GPTQModel and AutoGPTQ (gptq), AutoAWQ (awq), AutoRound (auto-round),
-compressed-tensors (also what llm-compressor writes), transformers' fine-grained FP8 (fp8).
+compressed-tensors (also what llm-compressor writes), transformers' fine-grained FP8 (fp8), bitsandbytes, torchao.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
-from engine.weights.compressed_config import compressed_rules, has_kv_scales
+from engine.weights.compressed_config import compressed_rules, kv_scales_dtype
 from engine.weights.fields import Fields
 from engine.weights.quantized import BITS, INVERSE, Packing, Pattern, Quantization, Rule, Scheme
 from engine.weights.quantized_table import BLOCK
+from engine.weights.torchao_config import torchao_rules
 
 EVERY: Final = Pattern("", "all")
 
@@ -34,7 +35,7 @@ def quantization(fields: Fields) -> Quantization | None:
     if method not in METHODS:
         raise settings.error("quant_method", f"{method!r} is not supported; known: {', '.join(METHODS)}")
     rules = METHODS[method](settings)
-    kv_scales = method == "compressed-tensors" and has_kv_scales(settings)
+    kv_scales = kv_scales_dtype(settings) if method == "compressed-tensors" else ""
     return Quantization(method, tuple(rules), json.dumps(value, sort_keys=True), kv_scales)
 
 
@@ -120,9 +121,13 @@ def _fp8(settings: Fields) -> list[Rule]:
     return [Rule(EVERY, Scheme("plain", 8, fp8=True, block=block, per_tensor=block is None, scale_name=INVERSE))]
 
 
-def _table(settings: Fields) -> list[Rule]:
+def _bitsandbytes(settings: Fields) -> list[Rule]:
+    if settings.boolean("load_in_8bit", False):
+        # Rows stay as they are: the tool keeps columns in 16 bits that stand out in any row of a batch, so what it
+        # makes of a row depends on the others.
+        return [Rule(EVERY, Scheme("plain", 8, scale_name="SCB", steps=127))]
     if not settings.boolean("load_in_4bit", False):
-        raise settings.error("load_in_4bit", "must be true: bitsandbytes' 8 bits are not supported")
+        raise settings.error("load_in_4bit", "must be true, or load_in_8bit")
     kind = settings.text("bnb_4bit_quant_type", "fp4")
     if kind not in ("nf4", "fp4"):
         raise settings.error("bnb_4bit_quant_type", f"{kind!r} is not supported; known: nf4, fp4")
@@ -172,5 +177,6 @@ METHODS: Final[Mapping[str, Callable[[Fields], list[Rule]]]] = {
     "auto-round": _auto_round,
     "compressed-tensors": compressed_rules,
     "fp8": _fp8,
-    "bitsandbytes": _table,
+    "bitsandbytes": _bitsandbytes,
+    "torchao": torchao_rules,
 }

@@ -25,6 +25,9 @@ SUFFIXES: Final = (
     *("qweight", "qzeros", "scales", "g_idx"),
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     *("weight_scale_inv", *ROW_SCALES),
+    *("SCB", "weight_format"),
+    *(f"_weight_{part}" for part in ("qdata", "scale", "zero_point", "act_pre_scale")),
+    *(f"_weight_act_quant_{part}" for part in ("scale", "zero_point")),
     *TABLE_SUFFIXES,
 )
 """Tensors beside a layer's codes, and the codes where they have a name of their own."""
@@ -33,7 +36,7 @@ SUFFIXES: Final = (
 def coded_shape(parts: Parts, scheme: Scheme) -> tuple[int, int]:
     """[N, K] of the weight that the layer's codes stand for. Raises ModelFormatError when they are missing or odd."""
     if scheme.packing == "plain":
-        rows, inputs = parts.matrix("weight", (FP8 if scheme.fp8 else torch.int8,)).shape
+        rows, inputs = parts.matrix(scheme.codes_name, (FP8 if scheme.fp8 else torch.int8,)).shape
         return rows, inputs
     if scheme.packing == "table":
         return table_shape(parts, scheme)
@@ -111,7 +114,9 @@ def _packed(parts: Parts, scheme: Scheme) -> CodedWeights:
 
 def _plain(parts: Parts, scheme: Scheme) -> CodedWeights:
     rows, inputs = coded_shape(parts, scheme)
-    codes = parts.take("weight", (FP8 if scheme.fp8 else torch.int8,)).view(torch.uint8)
+    codes = parts.take(scheme.codes_name, (FP8 if scheme.fp8 else torch.int8,)).view(torch.uint8)
+    if scheme.steps != 1 and int(parts.take("weight_format", (torch.uint8,), (), (1,))):
+        raise ModelFormatError(f"{parts.source}: tensor {parts.layer}.weight_format is not 0; expected rows in order")
     if scheme.block is not None:
         scales, group = _block_scales(parts, scheme, rows, inputs)
         order = None
@@ -137,9 +142,9 @@ def _block_scales(parts: Parts, scheme: Scheme, rows: int, inputs: int) -> tuple
 
 def _plain_zeros(parts: Parts, scheme: Scheme, shape: torch.Size) -> Tensor | None:
     """Zeros counted from -128, as codes are; None: all are 0."""
-    if not parts.has("weight_zero_point") and scheme.symmetric:
+    if not parts.has(scheme.zeros_name) and scheme.symmetric:
         return None
-    stored = parts.take("weight_zero_point", (torch.int8,), tuple(shape), (1,))
+    stored = parts.take(scheme.zeros_name, (torch.int8,), tuple(shape), (1,), (1, 1))
     return (stored.view(torch.uint8) ^ 128).expand(shape)
 
 
@@ -149,7 +154,8 @@ def _row_scales(parts: Parts, scheme: Scheme, rows: int, groups: int) -> Tensor:
         name = scheme.scale_name if parts.has(scheme.scale_name) else "weight_scale"
         return parts.take(name, SCALES, (), (1,), (1, 1), (rows, 1)).view(-1, 1).expand(rows, 1)
     shapes = ((rows, groups),) if groups > 1 else ((rows, 1), (rows,))
-    return parts.take(scheme.scale_name, SCALES, *shapes).view(rows, groups)
+    scales = parts.take(scheme.scale_name, SCALES, *shapes).view(rows, groups)
+    return scales if scheme.steps == 1 else scales.float() / scheme.steps
 
 
 def _order(parts: Parts, suffix: str, scheme: Scheme, inputs: int, groups: int) -> Tensor | None:
@@ -191,7 +197,7 @@ def _with_rounding(weights: CodedWeights, parts: Parts, scheme: Scheme) -> Coded
         problem = f"rows of {inputs} inputs do not divide into groups of {group}, by which they are to be quantised"
         raise ModelFormatError(f"{parts.source}: {parts.layer}: {problem}")
     scale = None if activations.dynamic else parts.number("input_scale", SCALES)
-    rounding = Rounding(activations.kind, activations.group, scale)
+    rounding = Rounding(activations.kind, activations.group, scale, activations.by_inverse)
     return replace(weights, rounding=rounding)
 
 

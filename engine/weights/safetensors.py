@@ -28,6 +28,8 @@ from tandem.errors import ModelFormatError
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
+OLDER_NAMES: Final = "gptq_model-*.safetensors"
+"""The single file as AutoGPTQ named it: gptq_model-4bit-128g.safetensors."""
 MAX_HEADER_BYTES: Final = 100 << 20
 MAX_SHARDS: Final = 4096
 EMBEDDING: Final = "model.embed_tokens.weight"
@@ -90,6 +92,11 @@ class SafetensorsCheckpoint:
     def coding(self) -> str:
         """Nothing: types say all."""
         return ""
+
+    @property
+    def kv_scales(self) -> str:
+        """As tools write them without saying more."""
+        return "float8_e4m3"
 
     @property
     def files(self) -> Sequence[Path]:
@@ -164,9 +171,9 @@ class SafetensorsCheckpoint:
 
     def _check_index(self) -> None:
         """The index of a sharded model names each tensor's file: files that were mixed up show here."""
-        if (self._folder / SINGLE_NAME).is_file():
-            return
         index = self._folder / INDEX_NAME
+        if (self._folder / SINGLE_NAME).is_file() or not index.is_file():
+            return
         for name, shard in _weight_map(index).items():
             found = self._entries.get(name)
             if found is None or found.file.path.name != shard:
@@ -206,6 +213,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if not index.is_file():
+        if len(older := sorted(folder.glob(OLDER_NAMES))) == 1:
+            return older
         raise ModelFormatError(_not_a_model(folder))
     shards = sorted(set(_weight_map(index).values()))
     if len(shards) > MAX_SHARDS:
@@ -261,10 +270,14 @@ def _read_header(file: MappedFile) -> dict[str, _Entry]:
         raise ModelFormatError(f"{file.path}: not a safetensors file: its header is no JSON object")
     header.pop("__metadata__", None)
     entries = {str(name): _read_entry(file, str(name), value, 8 + length) for name, value in header.items()}
-    end = max((entry.start + entry.length for entry in entries.values()), default=8 + length)
-    if end != file.size:
-        problem = "truncated" if end > file.size else "damaged"
-        raise ModelFormatError(f"{file.path}: {problem}: its tensors end at byte {end}, the file has {file.size}")
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        end = max(end, entry.start + entry.length)
+        if end > file.size:
+            problem = f"truncated: tensor {name} is expected to end at byte {end}, the file has {file.size}"
+            raise ModelFormatError(f"{file.path}: {problem}")
+    if end < file.size:
+        raise ModelFormatError(f"{file.path}: damaged: its tensors end at byte {end}, the file has {file.size}")
     return entries
 
 

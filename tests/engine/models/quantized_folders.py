@@ -128,6 +128,34 @@ def whole_int8(form: Format, coded: Coded) -> Tensors:
     return tensors | _weight_order(form, coded)
 
 
+def torchao(form: Format, coded: Coded) -> Tensors:
+    return {
+        "_weight_qdata": torch.from_numpy((coded.codes - 128).astype(np.int8)),
+        "_weight_scale": torch.from_numpy(coded.scales),
+        "_weight_zero_point": torch.from_numpy((coded.zeros - 128).astype(np.int8)),
+    }
+
+
+def ao(kind: str, **data: Any) -> dict[str, Any]:
+    """torchao's configuration."""
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_version": 2, "_data": data}}}
+
+
+def grain(kind: str, **sizes: Any) -> dict[str, Any]:
+    """Who shares a scale, in torchao's words."""
+    return {"_type": kind, "_version": 1, "_data": sizes}
+
+
+def rows_of_127(form: Format, coded: Coded) -> Tensors:
+    """As bitsandbytes: the largest magnitude of a row in place of its scale."""
+    codes = torch.from_numpy((coded.codes - 128).astype(np.int8))
+    return {
+        "weight": codes,
+        "SCB": torch.from_numpy(coded.scales[:, 0] * 127),
+        "weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+
+
 def _weight_order(form: Format, coded: Coded) -> Tensors:
     return {"weight_g_idx": torch.from_numpy(coded.groups).int()} if form.ordered else {}
 
@@ -191,6 +219,25 @@ FORMATS = {
             ordered=True,
         ),
         Format(
+            "torchao-8",
+            ao("Int8WeightOnlyConfig", granularity=grain("PerRow", dim=-1), set_inductor_config=True),
+            torchao,
+            bits=8,
+            group=None,
+            symmetric=True,
+        ),
+        Format(
+            "torchao-groups", ao("IntxWeightOnlyConfig", granularity=grain("PerGroup", group_size=32)), torchao, bits=8
+        ),
+        Format(
+            "bitsandbytes-8",
+            {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0},
+            rows_of_127,
+            bits=8,
+            group=None,
+            symmetric=True,
+        ),
+        Format(
             "int8-row",
             compressed("int-quantized", num_bits=8, strategy="channel", group_size=None),
             whole_int8,
@@ -228,6 +275,15 @@ def plain_tensors(random: np.random.Generator) -> Tensors:
     tensors = {"model.embed_tokens.weight": normal(97, 64), "lm_head.weight": normal(97, 64)}
     norms = ["model.norm", *(f"model.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention"))]
     return tensors | {f"{name}.weight": normal(64, around=1.0) for name in norms}
+
+
+def biased(tensors: Tensors) -> Tensors:
+    """With the biases that Qwen2 has on q, k and v."""
+    random = np.random.default_rng(3)
+    rows = {name: shape[0] for name, shape in SHAPES.items() if name[-6] in "qkv"}
+    names = [f"model.layers.{layer}.{name}.bias" for layer in (0, 1) for name in rows]
+    made = [random.normal(0, 0.5, rows[name.split(".", 3)[3].removesuffix(".bias")]) for name in names]
+    return tensors | {name: torch.from_numpy(bias.astype(np.float32)) for name, bias in zip(names, made, strict=True)}
 
 
 def save(folder: Path, tensors: Tensors, quantization: Mapping[str, Any] | None = None, **config: Any) -> Path:

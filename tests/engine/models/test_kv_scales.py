@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,17 @@ def test_broken_ones_are_refused(tiny: Path, broken: dict[str, torch.Tensor], me
     folder = with_tensors(tiny, {f"model.layers.1.self_attn.{name}": tensor for name, tensor in broken.items()})
     with pytest.raises(ModelFormatError, match=message):
         load_model(open_checkpoint(folder), EngineConfig(str(folder), kv_dtype="float8_e4m3"))
+
+
+def test_an_older_spelling(tiny: Path, make_driver: Callable[..., Any]) -> None:
+    """compressed-tensors once wrote them as those of the products' outputs."""
+    older = {name.replace("_scale", "_proj.output_scale"): scale for name, scale in SCALES.items()}
+    last = "model.layers.0.self_attn.v_proj.output_scale"
+    folders = []
+    for number, scales in enumerate((SCALES, older, {n: s for n, s in older.items() if n != last})):
+        folders.append(with_tensors(Path(shutil.copytree(tiny, tiny.with_name(str(number)))), scales))
+    prompts = random_prompts(1, 20, 211)
+    one, other = (make_driver(f, kv_dtype="float8_e4m3").run(prompts, chunk=20)[0] for f in folders[:2])
+    assert same_bits(one, other)
+    with pytest.raises(ModelFormatError, match=f"tensor {last} is missing"):
+        load_model(open_checkpoint(folders[2]), EngineConfig(str(tiny), kv_dtype="float8_e4m3"))

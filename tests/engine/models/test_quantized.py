@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from quantized_folders import FORMATS, Tensors, both_forms, compressed, plain_tensors, save
+from quantized_folders import FORMATS, Tensors, ao, both_forms, compressed, grain, plain_tensors, save
 from row_promise import random_prompts, same_bits
 
 from engine.config import EngineConfig
@@ -82,19 +82,36 @@ def test_int8_activations_are_those_of_the_format(tmp_path: Path, make_driver: M
     assert same_bits(alone, both.run(PROMPTS, 3)[0])
 
 
-def test_a_kv_cache_scheme_comes_with_its_scales(tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype", "another", "largest"),
+    [("float", "float8_e4m3", "int8", 448), ("int", "int8", "float8_e4m3", 127)],
+)
+def test_a_kv_cache_scheme_comes_with_its_scales(
+    kind: str, dtype: str, another: str, largest: int, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None
+) -> None:
+    """They are used by a cache of their type; another finds its own."""
     form = FORMATS["packed-symmetric"]
     coded, _ = both_forms(form)
     names = [f"model.layers.{layer}.self_attn.{part}_scale" for layer in (0, 1) for part in "kv"]
-    scales = {name: torch.tensor(0.01 + 0.002 * number) for number, name in enumerate(names)}
-    fixed = save(tmp_path / "fixed", {**coded, **scales}, {**form.config, "kv_cache_scheme": KV_SCHEME})
+    scales = {name: torch.tensor((4.5 + 0.9 * number) / largest) for number, name in enumerate(names)}
+    scheme = KV_SCHEME | {"type": kind}
+    fixed = save(tmp_path / "fixed", {**coded, **scales}, {**form.config, "kv_cache_scheme": scheme})
     plain = save(tmp_path / "plain", coded, form.config)
-    one, other, exact = (
-        make_driver(folder, kv_dtype=kv_dtype).run(PROMPTS[:1], 20)[0]
-        for folder, kv_dtype in ((fixed, "float8_e4m3"), (plain, "float8_e4m3"), (fixed, "float32"))
-    )
-    assert not same_bits(one, other)
+
+    def logits(folder: Path, kv_dtype: str) -> torch.Tensor:
+        return make_driver(folder, kv_dtype=kv_dtype).run(PROMPTS[:1], 20)[0]
+
+    one, exact = logits(fixed, dtype), logits(fixed, "float32")
+    assert not same_bits(one, logits(plain, dtype))
     assert float((one - exact).norm() / exact.norm()) < 0.1
+    assert same_bits(logits(fixed, another), logits(plain, another))
+
+
+def test_a_dynamic_kv_cache_scheme_has_no_scales(tmp_path: Path) -> None:
+    form = FORMATS["packed-symmetric"]
+    coded, _ = both_forms(form)
+    folder = save(tmp_path / "dynamic", coded, {**form.config, "kv_cache_scheme": KV_SCHEME | {"dynamic": True}})
+    load_model(open_checkpoint(folder), EngineConfig(model=str(folder), kv_dtype="float8_e4m3"))
 
 
 def test_the_configuration_is_part_of_the_identity(tmp_path: Path) -> None:
@@ -163,6 +180,12 @@ def put(suffix: str, tensor: torch.Tensor) -> Callable[[Tensors], None]:
         ("packed-symmetric", drop("weight_shape"), r"up_proj\.weight_shape is missing; expected int64 or int32 \(2,\)"),
         ("packed-symmetric", put("weight_shape", torch.tensor([128, 72])), r"weight_packed is int32 .*\(128, 9\)"),
         ("packed-zeros", drop("weight_zero_point"), r"up_proj\.weight_zero_point is missing; expected int32 \(16, 2\)"),
+        ("torchao-8", drop("_weight_scale"), r"up_proj\._weight_scale is missing; expected float16 or .* \(128, 1\)"),
+        ("torchao-8", drop("_weight_qdata"), r"up_proj\._weight_qdata as int8 or FP8 is missing; expected beside"),
+        ("torchao-8", put("_weight_act_pre_scale", torch.ones(64)), r"up_proj\._weight_act_pre_scale is there, but"),
+        ("bitsandbytes-8", drop("SCB"), r"up_proj\.SCB is missing; expected float16 or .* \(128, 1\) or \(128,\)"),
+        ("bitsandbytes-8", drop("weight_format"), r"up_proj\.weight_format is missing; expected uint8 \(\) or \(1,\)"),
+        ("bitsandbytes-8", put("weight_format", torch.ones(1, dtype=torch.uint8)), "weight_format is not 0; expected"),
         ("int8-row", drop("weight"), r"up_proj\.weight as int8 or FP8 is missing; expected beside"),
         ("int8-row", put("weight", torch.ones(128, 64)), r"expected beside .*up_proj\.weight_scale"),
         ("int8-row", put("weight_scale", torch.ones(128, 2)), r"weight_scale is float32 \(128, 2\); expected"),
@@ -206,7 +229,26 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
             {"quant_method": "auto-round", "bits": 4, "extra_config": {"lm_head": {"bits": 8, "act_bits": 8}}},
             "extra_config 'lm_head': act_bits: quantised activations are not",
         ),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "load_in_4bit: must be true: bitsandbytes' 8 bits"),
+        ({"quant_method": "torchao"}, "quant_type: must be an object with one key, default"),
+        (
+            ao("Int4WeightOnlyConfig"),
+            "quant_type: 'Int4WeightOnlyConfig' is not supported; known: Int8WeightOnlyConfig",
+        ),
+        (ao("Float8DynamicActivationFloat8WeightConfig"), "granularity: 'PerTensor' of rows is not supported, since"),
+        (
+            ao("Int8WeightOnlyConfig", granularity=grain("PerToken")),
+            "granularity: 'PerToken' is not supported; known: ",
+        ),
+        (ao("Int8WeightOnlyConfig", granularity=grain("PerGroup")), "granularity: group_size: is missing"),
+        (
+            ao(
+                "Int8DynamicActivationInt8WeightConfig",
+                act_mapping_type={"_type": "MappingType", "_data": "ASYMMETRIC"},
+            ),
+            "act_mapping_type: 'ASYMMETRIC' is not supported; known: SYMMETRIC",
+        ),
+        (ao("Int8DynamicActivationInt8WeightConfig", reduce_range=True), "reduce_range: is not supported"),
+        ({"quant_method": "bitsandbytes"}, "load_in_4bit: must be true, or load_in_8bit"),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
             "bnb_4bit_quant_storage: 'bfloat16' is not supported; known: uint8",
@@ -216,10 +258,13 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"quant_method": "fp8", "weight_block_size": [128]}, "must be two integers over 0"),
         (compressed("nvfp4-pack-quantized"), "format: 'nvfp4-pack-quantized' is not supported; known: pack-quantized"),
         (
-            compressed("pack-quantized") | {"kv_cache_scheme": {}},
-            "kv_cache_scheme: is supported as static, symmetric float",
+            compressed("pack-quantized") | {"kv_cache_scheme": KV_SCHEME | {"num_bits": 4}},
+            "kv_cache_scheme: is supported as symmetric float 8 or int 8 only",
         ),
-        (compressed("pack-quantized") | {"kv_cache_scheme": KV_SCHEME | {"dynamic": True}}, "kv_cache_scheme: is supp"),
+        (
+            compressed("pack-quantized") | {"kv_cache_scheme": KV_SCHEME | {"strategy": "attn_head"}},
+            "kv_cache_scheme: is supported with strategy 'tensor' only, unless it is dynamic",
+        ),
         (compressed("pack-quantized") | {"quantization_status": "calibration"}, "must be compressed or frozen, not"),
         (compressed("pack-quantized") | {"config_groups": {}}, "config_groups: must be an object that is not empty"),
         (compressed("pack-quantized") | {"ignore": ["re:("]}, "is no regular expression"),
@@ -252,7 +297,9 @@ def test_a_truncated_file_and_an_index_that_lies(tmp_path: Path) -> None:
     folder = save(tmp_path / "short", coded, FORMATS["gptq"].config)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelFormatError, match="truncated"):
+    with pytest.raises(
+        ModelFormatError, match=r"truncated: tensor model\.\S+ is expected to end at byte \d+, the file"
+    ):
         open_checkpoint(folder)
     shard = folder / "model-00001-of-00001.safetensors"
     file.rename(shard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from quantized_folders import FORMATS, Tensors, both_forms, compressed, save
+from quantized_folders import FORMATS, Tensors, ao, biased, both_forms, compressed, grain, save
 from row_promise import random_prompts, same_bits
 
 from engine.config import EngineConfig
+from engine.models import int8_loader
 from engine.models.loader import load_model
 from engine.weights import int8_codes, open_checkpoint
 from engine.weights.fields import Fields
-from engine.weights.quantized import Quantization
+from engine.weights.quantized import Activations, Quantization
 from engine.weights.quantized_config import quantization
 from kernels.coded import FP8, CodedWeights
+from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
 if TYPE_CHECKING:
@@ -95,6 +98,25 @@ def test_older_spellings_of_autoround(packing: str | None, meant: str) -> None:
     assert (found.method, scheme.packing) == ("auto-round", meant)
 
 
+def test_what_torchao_s_words_mean() -> None:
+    int8, fp8 = "Int8DynamicActivationInt8WeightConfig", "Float8DynamicActivationFloat8WeightConfig"
+    blocks = [grain("PerBlock", block_size=[1, 128]), grain("PerBlock", block_size=[128, 128])]
+    meant = [
+        (ao(int8), Activations("int8", True, by_inverse=True), None),
+        (ao(fp8, granularity=[grain("PerRow", dim=-1)] * 2), Activations("fp8", True), None),
+        (ao(fp8, granularity=blocks), Activations("fp8", True, 128), (128, 128)),
+        (ao("Float8WeightOnlyConfig"), None, None),
+    ]
+    for config, activations, block in meant:
+        scheme = read(config).scheme(LAYER)
+        assert scheme is not None
+        assert (scheme.packing, scheme.bits, scheme.group, scheme.per_tensor) == ("plain", 8, None, False)
+        assert (scheme.activations, scheme.block, scheme.codes_name) == (activations, block, "_weight_qdata")
+    one = read(ao("Int8WeightOnlyConfig", granularity=grain("PerTensor"))).scheme(LAYER)
+    assert one is not None
+    assert one.per_tensor
+
+
 def test_biases_of_zeros_that_autogptq_gave_every_layer(
     tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None
 ) -> None:
@@ -113,6 +135,32 @@ def test_biases_of_zeros_that_autogptq_gave_every_layer(
     biases[f"{LAYER}.bias"][5] = 0.5
     with pytest.raises(ModelFormatError, match=f"no use for tensor {LAYER}.bias"):
         load(save(tmp_path / "set", {**coded, **biases}, form.config))
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq-gemm", "int8-row", "gptq-some"])
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_biases_of_a_model_that_has_some(
+    name: str, compute: str, tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None
+) -> None:
+    """Qwen2: on q, k and v, in one product whose parts are codes."""
+    form = FORMATS[name]
+    coded, plain = both_forms(form)
+    config = {"model_type": "qwen2"}
+    one, other, without = (
+        make_driver(save(tmp_path / folder, tensors, settings, **config), compute=compute).run(PROMPTS, 20)[0]
+        for folder, tensors, settings in (
+            ("coded", biased(coded), form.config),
+            ("plain", biased(plain), None),
+            ("zeros", {n: t * (not n.endswith(".bias")) for n, t in biased(coded).items()}, form.config),
+        )
+    )
+    assert distance(without, other) > 0.05
+    assert same_bits(one, other) if compute == "exact" else distance(one, other) < 0.05
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative, by the Euclidean norm."""
+    return float((one - other).norm() / other.norm())
 
 
 def rounding_rows(**activations: Any) -> dict[str, Any]:
@@ -200,6 +248,24 @@ def test_a_kv_cache_scheme_without_its_scales_is_refused(tmp_path: Path) -> None
         open_checkpoint(save(tmp_path / "some", {**coded, **scales}, config))
 
 
+def test_a_folder_as_older_autogptq_wrote_it(tmp_path: Path, make_driver: MakeDriver, cpp_kernels: None) -> None:
+    """Settings beside config.json, and the file by the name of its bits."""
+    form = FORMATS["gptq-ordered"]
+    coded, _ = both_forms(form)
+    new = save(tmp_path / "new", coded, form.config)
+    old = save(tmp_path / "old", coded)
+    settings = {key: value for key, value in form.config.items() if key not in ("quant_method", "checkpoint_format")}
+    (old / "quantize_config.json").write_text(
+        json.dumps({**settings, "damp_percent": 0.01, "model_file_base_name": None})
+    )
+    (old / "model.safetensors").rename(old / "gptq_model-4bit-32g.safetensors")
+    one, other = (make_driver(folder).run(PROMPTS, 20)[0] for folder in (new, old))
+    assert same_bits(one, other)
+    (old / "gptq_model-8bit-32g.safetensors").write_bytes(b"")
+    with pytest.raises(ModelFormatError, match=r"has config\.json but no weights"):
+        open_checkpoint(old)
+
+
 @pytest.mark.parametrize("name", ["gptq", "packed-symmetric"])
 def test_codes_without_a_configuration_are_refused(name: str, tmp_path: Path) -> None:
     coded, _ = both_forms(FORMATS[name])
@@ -226,4 +292,26 @@ def test_int8_makes_float32_of_some_rows_at_a_time(
     monkeypatch.setattr(CodedWeights, "dequantized", recorded)
     assert same_bits(make_driver(folder, compute="int8").run(PROMPTS, 20)[0], whole)
     assert sizes
+    assert max(sizes) <= 500
+
+
+@pytest.mark.parametrize("name", ["packed-symmetric", "gptq-ordered"])
+def test_int8_rounds_some_rows_at_a_time_of_plain_weights_too(
+    name: str, tmp_path: Path, make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch, cpp_kernels: None
+) -> None:
+    """The LM head is the largest weight, and mostly plain."""
+    coded, _ = both_forms(FORMATS[name])
+    folder = save(tmp_path / "coded", coded, FORMATS[name].config)
+    whole = make_driver(folder, compute="int8").run(PROMPTS, 20)[0]
+    monkeypatch.setattr(int8_codes, "CHUNK_ELEMENTS", 500)
+    quantize, sizes = int8_codes.quantize_weight, []
+
+    def recorded(weight: torch.Tensor) -> GroupWeights:
+        sizes.append(weight.numel())
+        return quantize(weight)
+
+    for module in (int8_codes, int8_loader):
+        monkeypatch.setattr(module, "quantize_weight", recorded)
+    assert same_bits(make_driver(folder, compute="int8").run(PROMPTS, 20)[0], whole)
+    assert sum(sizes) >= 97 * 64
     assert max(sizes) <= 500
