@@ -1,6 +1,7 @@
-"""What the CLI, which imports no torch, runs as a process: `describe MODEL` and `quantize FORMAT MODEL OUT`.
+"""What the CLI, which imports no torch, runs as a process: `describe MODEL` and `quantize FORMAT MODEL OUT [TEXT]`.
 
-`describe` prints one JSON object; `quantize` prints a line a tensor to stderr. Errors: one line, exit code 2.
+`describe` prints one JSON object; `quantize` prints a line a tensor to stderr, with TEXT what the format's tool prints.
+Errors: one line, exit code 2.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from engine.calibrating import calibrate_folder
 from engine.describing import describe
 from engine.quantizing import quantize_folder
 from tandem.errors import ConfigError
@@ -19,7 +21,10 @@ def main(words: list[str]) -> None:
     if words[0] == "describe":
         sys.stdout.write(json.dumps(describe(Path(words[1]))) + "\n")
         return
-    _, form, source, out = words
+    _, form, source, out, *text = words
+    if text:
+        calibrate_folder(Path(source), Path(out), form, Path(text[0]))
+        return
     quantize_folder(Path(source), Path(out), form, _show)
 
 

@@ -6,6 +6,7 @@ weights are rounded and written layer by layer into OUT.part -> OUT.part becomes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -64,6 +65,16 @@ def quantize_folder(source: Path, out: Path, form: str, progress: Progress | Non
     """
     if form not in FORMS:
         raise ConfigError(f"--format: {form!r} is unknown; allowed: {', '.join(FORMS)}")
+    with new_folder(source, out) as (checkpoint, part):
+        _write(checkpoint, source, part, form, progress)
+
+
+@contextlib.contextmanager
+def new_folder(source: Path, out: Path) -> Iterator[tuple[Checkpoint, Path]]:
+    """The open `source` and the folder OUT.part, which becomes `out` at the end; a body that fails leaves neither.
+
+    Raises ConfigError for an `out` that exists or can't be written, a `source` that isn't a folder of plain weights.
+    """
     if out.exists():
         raise ConfigError(f"{out} is there already; name a folder that isn't")
     if not source.is_dir():
@@ -75,7 +86,7 @@ def quantize_folder(source: Path, out: Path, form: str, progress: Progress | Non
             raise ConfigError(f"{source} is quantised already ({checkpoint.config.quantization})")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _write(checkpoint, source, part, form, progress)
+        yield checkpoint, part
         part.rename(out)
     except OSError as error:
         raise ConfigError(f"{out} can't be written: {error}") from error
@@ -84,9 +95,21 @@ def quantize_folder(source: Path, out: Path, form: str, progress: Progress | Non
         shutil.rmtree(part, ignore_errors=True)
 
 
+def linear_widths(checkpoint: Checkpoint) -> frozenset[int]:
+    """How many inputs the layers that are quantised have."""
+    return frozenset(tensor.shape[1] for tensor in checkpoint.stored() if _is_linear(tensor))
+
+
+def copy_texts(source: Path, folder: Path) -> None:
+    """The tokenizer and what else goes with a model, where `folder` hasn't its own."""
+    for name in COPIED:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
 def _write(checkpoint: Checkpoint, source: Path, part: Path, form: str, progress: Progress | None) -> None:
     tensors = sorted(checkpoint.stored(), key=_layer_first)
-    chosen = FORMS[form](frozenset(t.shape[1] for t in tensors if _is_linear(t)))
+    chosen = FORMS[form](linear_widths(checkpoint))
     planned = [_plan(tensor, chosen) for tensor in tensors]
     shards, done = _shards(planned), 0
     for number, shard in enumerate(shards):
@@ -103,9 +126,7 @@ def _write(checkpoint: Checkpoint, source: Path, part: Path, form: str, progress
         _write_index(part, shards)
     config = {**read_json(source / "config.json"), "quantization_config": chosen.config()}
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, part / name)
+    copy_texts(source, part)
 
 
 def _is_linear(tensor: StoredTensor) -> bool:

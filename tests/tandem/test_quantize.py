@@ -72,3 +72,11 @@ def test_a_broken_one_is_said_to_be(model: Path) -> None:
     done = tandem("models", "show", str(model))
     assert done.returncode == 2
     assert "quant_method: 'hqq' is not supported; known: gptq" in done.stderr
+
+
+def test_formats_that_calibrate_need_a_text(model: Path, tmp_path: Path) -> None:
+    words = ("quantize", str(model), str(tmp_path / "out"), "--format")
+    without, beside = tandem(*words, "gptq"), tandem(*words, "int4", "--text", str(model / "config.json"))
+    assert (without.returncode, beside.returncode) == (2, 2)
+    assert "--format gptq needs --text" in without.stderr
+    assert "--format int4 calibrates on nothing" in beside.stderr
