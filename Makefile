@@ -1,6 +1,6 @@
 # Every target sets itself up first, from nothing if need be. ARGS goes to the command: make test ARGS="tests/tandem -x"
 .DEFAULT_GOAL := help
-.PHONY: help setup run test helm-test exact chaos check bench bench-growth bench-transfer bench-peers quantized-data gpu-check gpu-table clean
+.PHONY: help setup run test helm-test exact chaos check bench bench-growth bench-transfer bench-peers quantized-data quantized-model gpu-check gpu-table clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ bench-growth: setup ## one decode step over the batch and over the context, besi
 
 quantized-data: ## the tests' quantised checkpoints by the tools that write such (ARGS: which; minutes of installing)
 	@exec scripts/quantized-data $(ARGS)
+
+quantized-model: setup ## the default model by the same tools, and how near Tandem is to them (ARGS: which; many minutes)
+	@exec scripts/quantized-data --default $(ARGS)
 
 gpu-table: setup ## what the GPU kernels use (registers, shared memory, spills), compiled without a GPU; minutes
 	@exec .venv/bin/python -m bench.gpu_table --markdown docs/gpu-table.md $(ARGS)

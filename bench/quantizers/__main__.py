@@ -1,7 +1,8 @@
 """python -m bench.quantizers: what runs within a quantising tool's environment.
 
     python -m bench.quantizers tiny FOLDER                     # the small model
-    python -m bench.quantizers TOOL CASE SOURCE OUT            # quantise SOURCE; TOOL: bnb, compressed, gptq, rounding
+    python -m bench.quantizers default FOLDER                  # the default one, within Tandem's environment
+    python -m bench.quantizers TOOL CASE SOURCE OUT            # quantise SOURCE; TOOL: ao, bnb, compressed, gptq...
     python -m bench.quantizers TOOL CASE SOURCE OUT --expect   # then what the tool's own inference says of OUT
 
 `OUT/expected.safetensors` has a prompt, the 32 tokens that follow it greedily, and the logits of all but the last.
@@ -56,7 +57,7 @@ def forget_places(config: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.quantizers", description="see the module's text")
-    parser.add_argument("tool", choices=["tiny", "bnb", "compressed", "gptq", "rounding"])
+    parser.add_argument("tool", choices=["tiny", "default", "ao", "bnb", "compressed", "gptq", "rounding"])
     parser.add_argument("words", nargs="+", metavar="CASE SOURCE OUT")
     parser.add_argument("--expect", action="store_true")
     arguments = parser.parse_args()
@@ -64,6 +65,10 @@ def main() -> None:
         from bench.quantizers.tiny import save_tiny
 
         return save_tiny(Path(arguments.words[0]))
+    if arguments.tool == "default":
+        from bench.quantizers.default import save_default
+
+        return save_default(Path(arguments.words[0]))
     case, source, out = arguments.words[0], Path(arguments.words[1]), Path(arguments.words[2])
     tool = importlib.import_module(f"bench.quantizers.{arguments.tool}")
     shutil.rmtree(out, ignore_errors=True)

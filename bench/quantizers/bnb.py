@@ -1,4 +1,4 @@
-"""bitsandbytes: 4-bit codes of its two tables. Needs bitsandbytes and transformers."""
+"""bitsandbytes: 4-bit codes of its two tables, and 8 bits. Needs bitsandbytes and transformers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 CASES: dict[str, dict[str, Any]] = {
-    "nf4": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "bnb-8": {"load_in_8bit": True},
 }
 
 
 def quantize(case: str, source: Path, out: Path) -> None:
     """Writes `out`."""
     factory: Any = BitsAndBytesConfig
-    config = factory(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **CASES[case])
+    config = factory(bnb_4bit_compute_dtype=torch.float32, **CASES[case])
     # The tool dequantises to the type that the weights had.
     model: Any = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=config, dtype=torch.float32, device_map="cpu"

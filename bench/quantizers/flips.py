@@ -65,19 +65,13 @@ def _disturb(module: Any, inputs: Any, output: Tensor) -> Tensor:
 
 def our_logits(folder: Path) -> Iterator[tuple[int, Tensor]]:
     """Depth, and logits [T, V] of the engine with that many layers."""
-    from bench.sequences import BLOCK_SIZE, load_bench_engine
-    from engine.batch import Slice
+    from bench.quantizers.compare import logits_of, open_engine
     from engine.models.skipping import keep_layers
-    from engine.runner import build_meta
 
     ids = tokens(folder).tolist()
-    blocks = list(range(-(-len(ids) // BLOCK_SIZE)))
-    engine = load_bench_engine(str(folder), {"compute": "exact", "device": "cpu"}, len(ids), len(blocks))
+    engine = open_engine(folder, "exact", len(ids))
     for depth in depths(engine.model_config.num_layers):
-        model = keep_layers(engine.runner.model, range(depth))
-        rows, meta = build_meta([Slice("flips", ids, 0, blocks)], BLOCK_SIZE)
-        with torch.no_grad():
-            yield depth, model.step(rows, meta, engine.kv_cache, torch.arange(len(ids))).logits
+        yield depth, logits_of(engine, keep_layers(engine.runner.model, range(depth)), ids)
 
 
 def compare(one: Tensor, other: Tensor) -> str:

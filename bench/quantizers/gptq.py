@@ -20,12 +20,16 @@ CASES: dict[str, dict[str, Any]] = {
     "awq-64": {"bits": 4, "group_size": 64, "method": "awq", "format": "gemm", "sym": False},
     "awq": {"bits": 4, "group_size": 128, "method": "awq", "format": "gemm", "sym": False},
 }
+MANY = 16
+FEW = {"awq-64": 2}
+"""Samples of the default model's case: the tool's search over them takes a CPU most of an hour with more."""
 
 
 def quantize(case: str, source: Path, out: Path) -> None:
     """Writes `out`."""
     model = GPTQModel.load(str(source), QuantizeConfig(device="cpu", **CASES[case]))
-    samples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration(source)]
+    texts = calibration(source, FEW.get(case, MANY))
+    samples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in texts]
     model.quantize(samples, batch_size=1)
     model.save(str(out))
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 CASES: dict[str, dict[str, Any]] = {
     "auto-round": {"format": "auto_round", "sym": False, "group_size": 64},
     "auto-round-gptq": {"format": "auto_round:auto_gptq", "sym": True, "group_size": 128},
+    "auto-round-awq-64": {"format": "auto_round:auto_awq", "sym": False, "group_size": 64},
     "auto-round-awq": {"format": "auto_round:auto_awq", "sym": False, "group_size": 128},
 }
 
