@@ -17,6 +17,8 @@ from kernels.triton.launch import Launch, target
 
 MOST_SPLITS = 64
 SHORTEST_SPLIT = 256
+HOPPER = 90
+"""From there on loads go two stages deep; before it that spills registers."""
 
 
 @triton.jit
@@ -172,7 +174,7 @@ def decode_launches(
             "SPLITS": splits,
         },
         num_warps=4,
-        num_stages=3 if target().backend == "cuda" and form == HALF else 2,
+        num_stages=3 if form == HALF and target().backend == "cuda" and target().arch < HOPPER else 2,
     )
     if not several:
         return [main]
