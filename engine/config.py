@@ -170,6 +170,8 @@ class EngineConfig:
     """One copy of the packed weights for this user's processes on this machine (compute int8, Linux)."""
     graphs: bool = True
     """Capture decode steps as graphs, where the device can."""
+    gpu_share: float = 1.0
+    """Of a GPU's memory: what this process may take, over 0 up to 1. Others may be on the same GPU."""
     attention: str = "auto"
     """On a GPU: one of ATTENTIONS, by which nothing starts if it can't be had; "auto": the best that can."""
 
@@ -246,6 +248,7 @@ def resolve_engine_config(
         max_context=_optional_integer(settings, "max_context", 1, 1 << 24),
         share_weights=_boolean(settings, "share_weights", True),
         graphs=_boolean(settings, "graphs", True),
+        gpu_share=_share(settings, "gpu_share"),
         attention=_resolve_attention(settings, gpu),
     )
     return replace(config, num_blocks=_resolve_num_blocks(settings, config, model_config))
@@ -353,6 +356,15 @@ def _boolean(settings: Settings, key: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"{key}: {value!r} is not true or false")
     return value
+
+
+def _share(settings: Settings, key: str) -> float:
+    value = settings.get(key)
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ConfigError(f"{key}: {value!r} is not a number over 0, at most 1")
+    return float(value)
 
 
 def machine_memory() -> int:

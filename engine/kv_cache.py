@@ -78,7 +78,8 @@ class DeviceKVCache:
             """All bytes."""
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"{total} bytes of KV blocks don't fit the GPU's free memory; use fewer blocks (--num-blocks)"
+                f"{total} bytes of KV blocks don't fit the GPU's free memory; use fewer blocks (--num-blocks), or tell "
+                "each process of this GPU its --gpu-share"
             ) from error
         self.tensor, self.scales = _elements_and_scales(self.blocks, model_config, engine_config)
 

@@ -47,6 +47,12 @@ class Parser(argparse.ArgumentParser):
             help="of the KV cache: auto, float32, bfloat16, int8 or fp8_e4m3; on a GPU that of --dtype, or 8 bits",
         )
         add("--max-context", type=int, metavar="TOKENS", help="longest sequence; default: the model's")
+        add(
+            "--gpu-share",
+            type=float,
+            metavar="SHARE",
+            help="of a GPU's memory, for model, steps and KV blocks, over 0 up to 1; default: all that is free",
+        )
         add("--no-graphs", action="store_true", help="capture no decode steps as graphs on a GPU")
         add(
             "--attention",
@@ -114,6 +120,7 @@ def _engine(values: argparse.Namespace) -> dict[str, object]:
         "share_weights": not values.no_share_weights,
         "max_context": values.max_context,
         "graphs": not values.no_graphs,
+        "gpu_share": values.gpu_share,
         "attention": values.attention,
         "threads": values.threads,
     }

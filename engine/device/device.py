@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +22,9 @@ class DeviceMemory(Protocol):
 
     def free(self) -> int:
         """What nobody holds, other processes included; what torch keeps for later counts as free."""
+
+    def held(self) -> int:
+        """What this process holds, for tensors."""
 
     def reset_peak(self) -> None:
         """`peak` counts from here."""
@@ -51,6 +56,25 @@ class _EventFence:
         self._event.synchronize()
 
 
+class Lane:
+    """What is launched in it runs beside the steps."""
+
+    def __init__(self, stream: Any) -> None:
+        """None: a device that has done what it was told when a call returns."""
+        self._stream = stream
+
+    @contextlib.contextmanager
+    def use(self, *, behind_steps: bool) -> Iterator[None]:
+        """Launches inside the block go there; with `behind_steps` after all that was launched outside before it."""
+        if self._stream is None:
+            yield
+            return
+        if behind_steps:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """Where an engine's tensors are."""
@@ -66,8 +90,25 @@ class Device:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.torch.type == "cuda")
 
     def fence(self) -> Fence:
-        """Of all that was launched up to now by this thread."""
+        """Of all that was launched up to now by this thread, in its lane."""
         return _EventFence() if self.torch.type == "cuda" else _Over()
+
+    def lane(self) -> Lane:
+        """A new one."""
+        return Lane(torch.cuda.Stream(self.torch) if self.torch.type == "cuda" else None)  # type: ignore[no-untyped-call]
+
+    def pin(self, memory: Tensor) -> bool:
+        """Let the device copy from and to `memory` uint8 on the host by itself, until the process ends. False where
+        that can't be.
+        """
+        if self.torch.type != "cuda":
+            return True
+        api: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(api.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+            return True
+        with contextlib.suppress(RuntimeError):  # else the next launch would raise this error
+            torch.zeros(1, device=self.torch)
+        return False
 
 
 class CudaMemory:
@@ -85,6 +126,10 @@ class CudaMemory:
         """See `DeviceMemory`."""
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
+
+    def held(self) -> int:
+        """See `DeviceMemory`."""
+        return torch.cuda.memory_reserved()
 
     def reset_peak(self) -> None:
         """See `DeviceMemory`."""

@@ -1,5 +1,8 @@
 """How many KV blocks a GPU holds: what is free once the model is there, less what a step takes, less a margin.
 
+Where several processes have one GPU, each is told its share (`--gpu-share`): they start at once, and what is free now
+may be what another is about to take.
+
 What a step takes is measured: the largest prefill step runs once over a cache of one block, into which padding writes
 nothing.
 """
@@ -38,21 +41,23 @@ def blocks_that_fit(model: Model, engine_config: EngineConfig, device: Device, m
     """
     step_bytes = measure_step(model, engine_config, device)
     total, free = device.memory.total(), device.memory.free()
+    own = int(total * engine_config.gpu_share) - device.memory.held()
     share = MARGIN_SHARE + (GRAPHS_SHARE if engine_config.graphs else 0.0)
-    room = free - step_bytes - int(total * share)
+    room = min(free, own) - step_bytes - int(total * share)
     block = engine_config.block_bytes(model.config)
     longest = -(-engine_config.context_limit(model.config) // engine_config.block_size)
     blocks = min(engine_config.max_sequences * longest, room // block, *([] if most is None else [most // block]))
     numbers = (
-        f"of {total / GIB:.2f} GiB, {free / GIB:.2f} are free with the model loaded ({model.nbytes / GIB:.2f}), a step "
-        f"of {engine_config.max_step_tokens} tokens takes {step_bytes / GIB:.2f}, {total * share / GIB:.2f} are kept "
-        f"as a margin, and a sequence of {engine_config.context_limit(model.config)} tokens takes "
+        f"of {total / GIB:.2f} GiB, {free / GIB:.2f} are free with the model loaded ({model.nbytes / GIB:.2f}), this "
+        f"process may take {own / GIB:.2f} more (--gpu-share {engine_config.gpu_share:g}), a step of "
+        f"{engine_config.max_step_tokens} tokens takes {step_bytes / GIB:.2f}, {total * share / GIB:.2f} are kept as a "
+        f"margin, and a sequence of {engine_config.context_limit(model.config)} tokens takes "
         f"{longest * block / GIB:.2f}"
     )
     if blocks < longest:
         raise ConfigError(
             f"{engine_config.model} doesn't fit this GPU: {numbers}. Use a shorter --max-context or --chunk-size, "
-            "or fewer bits"
+            "fewer bits, a larger --gpu-share, or another GPU (CUDA_VISIBLE_DEVICES)"
         )
     logger.info("KV cache of %d blocks (%.2f GiB): %s", blocks, blocks * block / GIB, numbers)
     return blocks

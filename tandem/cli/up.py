@@ -149,6 +149,19 @@ from tandem.supervisor.supervisor import Supervisor
     help="Capture no decode steps as graphs on a GPU.",
 )
 @click.option(
+    "--gpus",
+    metavar="LIST",
+    default="",
+    callback=lambda _context, _option, text: tuple(part.strip() for part in text.split(",")) if text else (),
+    help="GPUs of the workers, such as 0,1: by turns, prefill workers first.  [default: the first for all]",
+)
+@click.option(
+    "--gpu-share",
+    type=float,
+    metavar="SHARE",
+    help="Of a GPU's memory, for one worker.  [default: workers on the same GPU share it equally]",
+)
+@click.option(
     "--attention",
     type=click.Choice(["auto", "flashinfer", "flash-attn-3", "flash-attn-2", "triton", "torch"]),
     help="Attention on a GPU; one that is named is had, or nothing starts.  [default: the best that is there]",

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,10 @@ class Process:
         self._readers = [asyncio.ensure_future(self._read_stdout()), asyncio.ensure_future(self._read_stderr())]
 
     @classmethod
-    async def launch(cls, name: str, role: Role, arguments: list[str], log: LogLine) -> Process:
-        """Starts the process; doesn't wait until it serves."""
+    async def launch(
+        cls, name: str, role: Role, arguments: list[str], log: LogLine, variables: Mapping[str, str] | None = None
+    ) -> Process:
+        """Starts the process, with `variables` beside those of every worker; doesn't wait until it serves."""
         child = await asyncio.create_subprocess_exec(
             *settings_.command_line(role, arguments),
             stdin=subprocess.DEVNULL,
@@ -63,7 +65,7 @@ class Process:
             stderr=subprocess.PIPE,
             limit=MAX_LINE_BYTES,
             process_group=0,
-            env=settings_.environment(),
+            env=settings_.environment(variables),
         )
         return cls(name, child, log)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,6 +65,10 @@ class UpSettings:
     share_weights: bool = True
     max_context: int | None = None
     graphs: bool = True
+    gpus: tuple[str, ...] = ()
+    """As CUDA_VISIBLE_DEVICES names them: workers take them by turns, prefill first. Empty: all workers the first."""
+    gpu_share: float | None = None
+    """None: workers that start on the same GPU share it equally."""
     attention: str | None = None
     drain_grace: float = 10.0
     speculation: str | None = None
@@ -86,6 +91,10 @@ class UpSettings:
             self._check_number(name, least)
         if self.default_timeout is not None and not 0 < self.default_timeout < math.inf:
             raise ConfigError(f"--default-timeout: must be more than 0 seconds, got {self.default_timeout:g}")
+        if self.gpu_share is not None and not 0 < self.gpu_share <= 1:
+            raise ConfigError(f"--gpu-share: must be over 0, at most 1, got {self.gpu_share:g}")
+        if any(not gpu or "," in gpu for gpu in self.gpus):
+            raise ConfigError("--gpus: must be numbers or names of GPUs with commas between, such as 0,1")
         check_count("prefill", self.prefill)
         check_count("decode", self.decode)
         if not 1 <= self.gateways <= MAX_WORKERS:
@@ -111,6 +120,22 @@ def check_count(role: str, count: int) -> None:
         raise ConfigError(f"{role}: must be {least} to {MAX_WORKERS} workers, got {count}")
 
 
+def share_of_gpu(settings: UpSettings) -> float | None:
+    """What a worker is told of its GPU's memory; None: nothing, as it has one for itself or none."""
+    if settings.gpu_share is not None or settings.device == "cpu":
+        return settings.gpu_share
+    together = math.ceil((settings.prefill + settings.decode) / max(1, len(settings.gpus)))
+    return None if together == 1 else math.floor(1000 / together) / 1000
+
+
+def gpu_variables(settings: UpSettings, role: Role, index: int) -> dict[str, str]:
+    """Environment of the worker with this number among its role's: the GPU that is its own."""
+    if not settings.gpus or role == "gateway":
+        return {}
+    place = index if role == "prefill" else settings.prefill + index
+    return {"CUDA_VISIBLE_DEVICES": settings.gpus[place % len(settings.gpus)]}
+
+
 def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
     """Flags of a prefill or decode worker."""
     prefill = role == "prefill"
@@ -130,6 +155,7 @@ def worker_arguments(settings: UpSettings, role: Role) -> list[str]:
         "--chunk-size": settings.chunk_size,
         "--max-sequences": settings.max_sequences,
         "--max-context": settings.max_context,
+        "--gpu-share": share_of_gpu(settings),
         "--attention": settings.attention,
         "--transport": settings.transport,
         "--threads": settings.threads,
@@ -190,8 +216,8 @@ def command_line(role: Role, arguments: list[str]) -> list[str]:
     return [python, "-I", "-S", LAUNCHER, str(os.getpid()), python, "-P", "-m", MODULES[role], *arguments]
 
 
-def environment() -> dict[str, str]:
-    """The workers' environment: ours, with the packages beside this one importable from any folder."""
+def environment(own: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A worker's environment: ours, with the packages beside this one importable from any folder, and its `own`."""
     root = str(Path(tandem.__file__).parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     defaults = {"GRPC_VERBOSITY": "NONE"}
@@ -201,7 +227,7 @@ def environment() -> dict[str, str]:
         # bridge the gaps between the kernels of a step.
         defaults["GOMP_SPINCOUNT"] = "5000"
     ours = {name: value for name, value in os.environ.items() if name != "TANDEM_API_KEY"}  # for clients alone
-    return {**defaults, **ours, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    return {**defaults, **ours, **(own or {}), "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def _flags(values: dict[str, object]) -> list[str]:

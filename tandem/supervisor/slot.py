@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -40,9 +40,18 @@ class Slot:
     """Keeps one worker running. Belongs to the event loop."""
 
     def __init__(
-        self, role: Role, index: int, arguments: Callable[[], list[str]], changed: Callable[[], None], log: LogLine
+        self,
+        role: Role,
+        index: int,
+        arguments: Callable[[], list[str]],
+        changed: Callable[[], None],
+        log: LogLine,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
-        """`arguments` gives the flags of the next start; `changed` is called whenever addresses may differ."""
+        """`arguments` gives the flags of the next start; `changed` is called whenever addresses may differ.
+
+        `variables` of the environment are this worker's own.
+        """
         self.role, self.index = role, index
         self.name = f"{role}-{index}"
         self.state = State.STARTING
@@ -50,6 +59,7 @@ class Slot:
         self.restarts = 0
         self.process: Process | None = None
         self._arguments, self._changed, self._log_line = arguments, changed, log
+        self._variables = variables
         self._started = time.monotonic()
         self._keeper: asyncio.Task[None] | None = None
 
@@ -101,7 +111,7 @@ class Slot:
     async def _start_once(self) -> None:
         """One start. Raises UnavailableError with the worker's own words."""
         self.state = State.STARTING
-        self.process = await Process.launch(self.name, self.role, self._arguments(), self._log_line)
+        self.process = await Process.launch(self.name, self.role, self._arguments(), self._log_line, self._variables)
         try:
             async with asyncio.timeout(START_SECONDS):
                 self.said = await self.process.ready()

@@ -26,7 +26,14 @@ from tandem.supervisor.listing import listed
 from tandem.supervisor.load import with_loads
 from tandem.supervisor.process import LogLine
 from tandem.supervisor.runtime import Instance, answers, control_socket
-from tandem.supervisor.settings import Role, UpSettings, check_count, gateway_arguments, worker_arguments
+from tandem.supervisor.settings import (
+    Role,
+    UpSettings,
+    check_count,
+    gateway_arguments,
+    gpu_variables,
+    worker_arguments,
+)
 from tandem.supervisor.slot import Slot, State
 
 _log = get_logger(__name__)
@@ -198,7 +205,7 @@ class Supervisor:
                 self.settings, self.gateways[index], self.https[index], self._instance.workers_file
             )
 
-        return Slot(role, index, arguments, self._write_workers, self._log)
+        return Slot(role, index, arguments, self._write_workers, self._log, gpu_variables(self.settings, role, index))
 
     def _write_workers(self) -> None:
         """Where the disk is full, again and again until it isn't: workers that gateways don't know of are lost."""

@@ -110,6 +110,9 @@ def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"device": "cuda", "kv_dtype": "int4"}, "kv_dtype: 'int4' is not one of"),
         ({"dtype": "float16"}, "dtype: 'float16' is not one of auto, float32, bfloat16"),
         ({"graphs": "yes"}, "graphs: 'yes' is not true or false"),
+        ({"gpu_share": 0.0}, "gpu_share: 0.0 is not a number over 0, at most 1"),
+        ({"gpu_share": float("nan")}, "gpu_share: nan is not"),
+        ({"gpu_share": True}, "gpu_share: True is not"),
         ({"device": "cuda", "attention": "flash"}, "attention: 'flash' is not one of auto, flashinfer, flash-attn-3"),
         ({"attention": "flashinfer"}, "attention: flashinfer is for GPUs; on a CPU leave attention auto"),
         ({"block_size": 0}, "block_size: 0 is not an integer between 1 and 256"),
@@ -159,6 +162,7 @@ def test_a_gpu_computes_in_sixteen_bits() -> None:
     assert _resolve(device="cuda", kv_dtype="fp8", dtype="fp16").kv_dtype == "float8_e4m3"
     assert _resolve(device="cuda", num_blocks=7).num_blocks == 7
     assert _resolve(device="cuda", compute="int4").compute == "int4"
+    assert (config.gpu_share, _resolve(device="cuda", gpu_share=0.5).gpu_share) == (1.0, 0.5)
     assert _resolve(device="auto").device == "cpu"
     assert resolve_engine_config({"model": "m"}, found="cuda").device == "cuda"
     assert resolve_engine_config({"model": "m", "device": "cpu"}, found="cuda").compute == "exact"

@@ -23,7 +23,7 @@ from tandem.service.tls import TlsFiles
 from tandem.supervisor import control, runtime, slot
 from tandem.supervisor import supervisor as supervisor_
 from tandem.supervisor.listing import listed
-from tandem.supervisor.settings import UpSettings, environment
+from tandem.supervisor.settings import UpSettings, environment, gpu_variables, worker_arguments
 from tandem.supervisor.supervisor import Supervisor
 
 Up = Callable[..., Supervisor]
@@ -430,6 +430,42 @@ def test_settings_refuse_numbers(changes: dict[str, float], message: str) -> Non
     with pytest.raises(ConfigError, match=message):
         settings(**changes)
     settings(drain_grace=0.0, local_prefill_threshold=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "share"),
+    [
+        ({}, [None, None], "0.5"),
+        ({"gpus": ("0", "1")}, ["0", "1"], None),
+        ({"prefill": 2, "gpus": ("3", "1")}, ["3", "1", "3"], "0.5"),
+        ({"prefill": 2}, [None, None, None], "0.333"),
+        ({"prefill": 0}, [None], None),
+        ({"device": "cpu"}, [None, None], None),
+        ({"gpu_share": 0.4, "gpus": ("0", "1")}, ["0", "1"], "0.4"),
+    ],
+)
+def test_workers_share_out_the_gpus(changes: dict[str, Any], gpus: list[str | None], share: str | None) -> None:
+    """All that start on one GPU may take as much of it as the others."""
+    up = settings(**changes)
+    workers = [("prefill", index) for index in range(up.prefill)] + [("decode", index) for index in range(up.decode)]
+    found = [gpu_variables(up, role, index).get("CUDA_VISIBLE_DEVICES") for role, index in workers]  # type: ignore[arg-type]
+    assert found == gpus
+    assert gpu_variables(up, "gateway", 0) == {}
+    assert following(worker_arguments(up, "decode"), "--gpu-share") == share
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpu_share": 0.0}, "--gpu-share: must be over 0, at most 1, got 0"),
+        ({"gpu_share": 1.5}, "--gpu-share: .*1.5"),
+        ({"gpus": ("0", "")}, "--gpus: must be numbers or names"),
+    ],
+)
+def test_settings_refuse_shares_of_gpus(changes: dict[str, Any], message: str) -> None:
+    """By the flag."""
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
 
 
 async def test_scale_refuses_gateways(up: Up) -> None:

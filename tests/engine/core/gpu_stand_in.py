@@ -21,6 +21,7 @@ class Memory:
     total_bytes: int = 1 << 30
     free_bytes: int = 1 << 30
     peak_bytes: int = 0
+    held_bytes: int = 0
     asked: list[str] = field(default_factory=list)
 
     def total(self) -> int:
@@ -30,6 +31,10 @@ class Memory:
     def free(self) -> int:
         """See `DeviceMemory`."""
         return self.free_bytes
+
+    def held(self) -> int:
+        """See `DeviceMemory`."""
+        return self.held_bytes
 
     def reset_peak(self) -> None:
         """See `DeviceMemory`."""

@@ -31,6 +31,18 @@ def test_blocks_fill_what_a_step_and_the_margin_leave(tiny_model: Path) -> None:
     assert graphs.engine_config.num_blocks < engine.engine_config.num_blocks
 
 
+def test_a_share_of_the_memory_is_not_overdrawn(tiny_model: Path) -> None:
+    memory = Memory(total_bytes=1_000_000, free_bytes=900_000, peak_bytes=50_000, held_bytes=100_000)
+    engine = load(tiny_model, device(memory=memory), graphs=False, gpu_share=0.5, **LIMITS)
+    block, total = kv_bytes(engine.model_config, engine.engine_config)
+    assert total <= 500_000 - 100_000 - 50_000 - 30_000 < total + block
+    memory.free_bytes = 300_000  # another process has taken more than its own
+    small = load(tiny_model, device(memory=memory), graphs=False, gpu_share=0.5, **LIMITS)
+    assert small.kv_cache.tensor.nbytes <= 300_000 - 50_000 - 30_000
+    with pytest.raises(ConfigError, match=r"--gpu-share 0\.1\b.*a larger --gpu-share"):
+        load(tiny_model, device(memory=Memory(held_bytes=1 << 29)), gpu_share=0.1, **LIMITS)
+
+
 def test_no_more_blocks_than_are_of_use(tiny_model: Path) -> None:
     engine = load(tiny_model, device(), **{**LIMITS, "max_sequences": 3})
     assert engine.engine_config.num_blocks == 3 * 32 // 4
