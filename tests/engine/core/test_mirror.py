@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
@@ -14,7 +16,9 @@ from gpu_stand_in import Memory, device, load
 
 from engine.batch import Batch, SampleSpec, Slice
 from engine.config import BY_FREE_MEMORY
-from engine.device import mirror
+from engine.device import mirror, pinning
+from engine.device.device import Device
+from engine.device.pinning import PinnedBlocks
 from engine.loading import Engine
 from tandem.record import SamplingParams
 
@@ -39,7 +43,7 @@ def test_a_prompt_moves_from_one_engine_to_another(
     tiny_model: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its blocks go by the hosts' memories, as transfers move them, and the next token is the same."""
-    monkeypatch.setattr(mirror, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pinning, "PIECE_BYTES", piece_bytes)
     sender, sent = with_memory(tiny_model)
     receiver = load(tiny_model)
     size = len(sent) // 32
@@ -80,3 +84,33 @@ def test_a_worker_takes_no_more_blocks_than_the_host_holds(tiny_model: Path, mon
     assert alone.engine_config.num_blocks == 8 * 8
     assert worker.engine_config.num_blocks == 20
     assert worker.kv_cache.tensor[0].numel() * 4 == 2048
+
+
+def test_memory_is_pinned_when_it_is_used_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of whole pages, which no copy goes across."""
+    pinned: list[tuple[int, int]] = []
+    monkeypatch.setattr(Device, "pin", lambda self, memory: not pinned.append((memory.data_ptr() - start, len(memory))))
+    monkeypatch.setattr(pinning, "PIECE_BYTES", 1)
+    blocks = torch.frombuffer(mmap.mmap(-1, 10 * 2048), dtype=torch.uint8).view(10, 2048)
+    start, found = blocks.data_ptr(), PinnedBlocks(blocks, device())
+    assert list(found.runs([0, 1, 2, 5, 9])) == [slice(0, 2), slice(2, 3), slice(5, 6), slice(9, 10)]
+    assert pinned == [(0, 2), (2 * 2048, 2), (4 * 2048, 2), (8 * 2048, 2)]
+    assert list(found.runs([3, 4])) == [slice(3, 4), slice(4, 5)]
+    assert list(found.runs([])) == []
+    assert len(pinned) == 4
+
+
+def test_memory_that_cannot_be_pinned_is_copied_all_the_same(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(Device, "pin", lambda self, memory: bool(asked.append(memory)))
+    monkeypatch.setattr(pinning, "PIECE_BYTES", 1)
+    engine = load(tiny_model, transfers=True)
+    view = engine.kv_cache.blocks_view()
+    size = len(view) // 32
+    view[3 * size : 4 * size] = view[30 * size : 31 * size] = bytes([7]) * size
+    engine.runner.run(Batch([], arrived=[30, 3]))
+    assert bytes(engine.kv_cache.blocks[3].numpy()) == bytes(engine.kv_cache.blocks[30].numpy()) == bytes([7]) * size
+    assert len(asked) == 1
+    assert "can't be pinned" in caplog.text
