@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from decode_service.assembly import Parts, assemble
 from decode_service.config import SchedulerConfig
-from decode_service.flags import Flags
+from decode_service.flags import MIXED_PREFILL_TOKENS, Flags
 from decode_service.speculation.calibration import measure
 from decode_service.speculation.config import SpeculationConfig
 from decode_service.speculation.model_proposers import with_models
@@ -34,6 +34,12 @@ def speculation_of(engine: Engine, flags: Flags) -> SpeculationConfig:
     """A GPU's decode steps are launched ahead, those that verify drafts are not: it has none unless asked for."""
     unasked = flags.automatic_speculation and engine.engine_config.device == "cuda"
     return SpeculationConfig() if unasked else flags.speculation
+
+
+def mixed_prefill_tokens(flags: Flags, engine: Engine) -> int:
+    """What was asked for, or what suits the engine's device."""
+    asked = flags.mixed_prefill_tokens
+    return MIXED_PREFILL_TOKENS[engine.engine_config.device] if asked is None else asked
 
 
 def load(flags: Flags, ranks: Ranks | None = None) -> Loaded:
@@ -74,7 +80,7 @@ def parts_of(
     gpu = engine.engine_config.device == "cuda"
     scheduler = SchedulerConfig(
         **loading.limits_of(engine, identity),
-        mixed_prefill_tokens=flags.mixed_prefill_tokens,
+        mixed_prefill_tokens=mixed_prefill_tokens(flags, engine),
         # A GPU's memory is shared out with the logits of one row a sequence in mind; as many more are in its margin.
         max_drafts=identity.max_sequences if gpu else None,
     )

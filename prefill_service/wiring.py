@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engine.loading import Engine
 from engine.parallel.group import Ranks
@@ -32,7 +33,11 @@ def parts_of(engine: Engine, pools: Sequence[PoolMemory], flags: Flags, metrics_
 
 
 async def serve(flags: Flags) -> int:
-    """The whole life of the process. Returns its exit code; raises ConfigError at start."""
+    """The whole life of the process. Returns its exit code; raises ConfigError at start.
+
+    No decode steps are captured: there will be none.
+    """
+    flags = replace(flags, engine={**flags.engine, "graphs": False})
     async with joined(flags) as ranks:
         if ranks is not None and not ranks.leads:
             return follow(flags, ranks, sends=True)
