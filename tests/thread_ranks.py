@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +37,7 @@ class ThreadRanks:
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.size, self.leads = rank, meeting.size, rank == 0
         self._meeting = meeting
+        self._releases: list[Callable[[], None]] = []
 
     def total(self, part: Tensor) -> Tensor:
         first, *others = self._meeting.exchange(self.rank, part)
@@ -64,8 +66,13 @@ class ThreadRanks:
     def receive(self) -> bytearray | None:
         return self._meeting.steps.get(timeout=SECONDS)
 
+    def at_close(self, release: Callable[[], None]) -> None:
+        self._releases.append(release)
+
     def close(self) -> None:
         self._meeting.steps.put(None)
+        for release in self._releases:
+            release()
 
     def fail(self, problem: str) -> NoReturn:
         self._meeting.barrier.abort()

@@ -84,12 +84,17 @@ class DecodeGraphs:
         staging: Staging,
         last: Tensor,
         limit: int = MAX_GRAPHS,
+        *,
+        draws: bool = True,
     ) -> None:
-        """`last` int32 [at least max_sequences] holds the tokens drawn last. `device.graphs` is there."""
+        """`last` int32 [at least max_sequences] holds the tokens drawn last. `device.graphs` is there.
+
+        Without `draws` steps end with their logits: another rank draws.
+        """
         assert device.graphs is not None
         self._backend = device.graphs
         self._model, self._kv, self._device, self._staging = model, kv_cache, device, staging
-        self._last, self._limit = last, limit
+        self._last, self._limit, self._draws = last, limit, draws
         self._block_size = engine_config.block_size
         self._contexts = contexts_for(engine_config.context_limit(model.config))
         self._buckets = buckets_for(engine_config.max_sequences)
@@ -98,6 +103,11 @@ class DecodeGraphs:
     def __len__(self) -> int:
         """Graphs held."""
         return len(self._captured)
+
+    def clear(self) -> None:
+        """Let go of all graphs, once none runs."""
+        self._device.fence().wait()
+        self._captured.clear()
 
     def warm_up(self, progress: CaptureProgress | None = None) -> None:
         """Capture as many as are held, those of short contexts before others, the largest first."""
@@ -121,9 +131,13 @@ class DecodeGraphs:
             return None
         if not all(draw.row == row and _is_plain(draw) for row, draw in enumerate(draws)):
             return None
+        return self.key_of(placing)
+
+    def key_of(self, placing: Placing) -> Key:
+        """The smallest graph that holds a step's rows and contexts: there is one."""
         longest = int(placing.context_lens.max())
         context = next(context for context in self._contexts if context >= longest)
-        return Key(context, next(rows for rows in self._buckets if rows >= count))
+        return Key(context, next(rows for rows in self._buckets if rows >= placing.num_rows))
 
     def launch(
         self, key: Key, placing: Placing, draws: Sequence[Draw], sources: npt.NDArray[np.int64] | None
@@ -162,8 +176,9 @@ class DecodeGraphs:
 
         def step() -> None:
             logits = self._model.step(inputs.token_ids(self._last), meta, self._kv, None).logits
-            values.copy_(operations.sample(logits, inputs.settings()))
-            self._last[: key.rows].copy_(values[0])
+            if self._draws:
+                values.copy_(operations.sample(logits, inputs.settings()))
+                self._last[: key.rows].copy_(values[0])
 
         self._model.backend.attention.plan(host)
         return _Captured(self._backend.capture(step), layout, memory, values)

@@ -48,7 +48,8 @@ class CudaGraphs:
         torch.cuda.synchronize()
         before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads, such as NCCL's watchdog, may ask their events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             body()
         self._held += max(0, torch.cuda.memory_reserved() - before)
         return graph

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
-from engine.device.decode_graphs import CaptureProgress, DecodeGraphs, contexts_for
+from engine.device.decode_graphs import CaptureProgress, DecodeGraphs, Key, contexts_for
 from engine.device.device import Device
 from engine.device.inputs import KNOWN, StepInputs, step_arrays
 from engine.device.mirror import HostMirror, Outbound
@@ -62,6 +62,8 @@ class DeviceSteps:
     """Life cycle: built around a loaded model and its cache -> `warm_up` -> `launch`, in one thread."""
 
     overlaps = True
+    draws: ClassVar[bool] = True
+    """Whether captured steps draw from their logits."""
 
     def __init__(
         self,
@@ -87,7 +89,8 @@ class DeviceSteps:
         self.graphs: DecodeGraphs | None = None
         """Captured decode steps; None: everything runs eagerly."""
         if engine_config.graphs and device.graphs is not None and model.backend.capturable:
-            self.graphs = DecodeGraphs(model, kv_cache, engine_config, device, self._staging, self._last)
+            parts = (model, kv_cache, engine_config, device, self._staging, self._last)
+            self.graphs = DecodeGraphs(*parts, draws=self.draws)
 
     def warm_up(self) -> None:
         """Capture graphs."""
@@ -125,7 +128,7 @@ class DeviceSteps:
     def _run(self, batch: Batch, placing: Placing, draws: list[Draw], sources: Sources | None) -> DrawResults:
         key = self.graphs.key_for(placing, draws) if self.graphs is not None else None
         if key is not None and self.graphs is not None:
-            values = self.graphs.launch(key, placing, draws, sources)
+            values = self._replay(self.graphs, key, placing, draws, sources)
             return DrawResults(values, *self._no_alternatives(len(draws)))
         rows, draws = self._rows(batch, placing, draws)
         logits = self._logits(placing, sources, rows)
@@ -136,6 +139,12 @@ class DeviceSteps:
         count = min(len(draws), len(self._last))
         self._last[:count].copy_(results.values[0][:count])
         return results
+
+    def _replay(
+        self, graphs: DecodeGraphs, key: Key, placing: Placing, draws: Sequence[Draw], sources: Sources | None
+    ) -> Tensor:
+        """Launch a captured step: what its draws bring, as `DecodeGraphs.launch` says."""
+        return graphs.launch(key, placing, draws, sources)
 
     def _logits(self, placing: Placing, sources: Sources | None, rows: Sources) -> Tensor:
         """Launch an eager step: logits of `rows` [R, V]."""

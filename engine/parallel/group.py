@@ -45,6 +45,7 @@ class Ranks:
         self.rank, self.size, self.leads = world.rank, world.size, world.leads
         self._lines, self.fail = lines, fail
         self._watch: Watch | None = None
+        self._releases: list[Callable[[], None]] = []
 
     # -- sums
 
@@ -165,6 +166,12 @@ class Ranks:
             "said last, and start all ranks anew"
         )
 
+    def at_close(self, release: Callable[[], None]) -> None:
+        """`release` is called before the process group ends: graphs that have sums in them hold it, and the group waits
+        for them for ever.
+        """
+        self._releases.append(release)
+
     def close(self) -> None:
         """On rank 0 the others are told to end. Call it once no step runs. Idempotent."""
         if self._watch is not None:
@@ -178,6 +185,8 @@ class Ranks:
         if self._lines:
             line.close_all(self._lines)
             self._lines = []
+        while self._releases:
+            self._releases.pop()()
         if dist.is_initialized():
             dist.destroy_process_group()
 

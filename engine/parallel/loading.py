@@ -91,7 +91,6 @@ def load_rank_on_device(
 ) -> Engine:
     """The same on a GPU, or on what a test has in its place, with `ranks` as `Ranks`: not agreed on yet."""
     config, vocabulary = part.config, whole.config.vocab_size
-    engine_config = replace(engine_config, graphs=False)  # see `engine.parallel.device_steps`
     backend = for_device(attention_shape(config, engine_config), device.torch, engine_config.attention)
     # Not as codes: those of 8 bits have products that round rows, of which a rank has parts.
     loaded = load_device_model(part, engine_config, backend, device.torch, codes=False)

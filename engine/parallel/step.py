@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Final
 
 import numpy as np
@@ -17,11 +18,28 @@ from engine.batch import Batch
 from engine.placing import Longs, Placing, place, rows_to_sample
 from tandem.errors import InternalError
 
-_MAGIC: Final = int.from_bytes(b"TANDEM-1", "little")
 _HEADER: Final = 8
-"""Numbers: the magic, sequences, blocks a table, rows, sampled rows, copies, blocks that arrived, sources."""
+"""Numbers: the way, sequences, blocks a table, rows, sampled rows, copies, blocks that arrived, sources."""
 _MOST: Final = 1 << 24
 """Of each count."""
+
+
+class Way(Enum):
+    """How a step is computed; the first eight bytes of a message."""
+
+    EAGER = b"TANDEM2E"
+    REPLAYED = b"TANDEM2R"
+    """By a captured graph, on a GPU."""
+    WARM_UP = b"TANDEM2W"
+    """Not at all: graphs are captured."""
+
+    @property
+    def number(self) -> int:
+        """As the message has it."""
+        return int.from_bytes(self.value, "little")
+
+
+_WAYS: Final = {way.number: way for way in Way}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +55,7 @@ class Step:
     """See `Batch.arrived`; on a GPU."""
     sources: Longs = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [T] as in `engine.device.inputs.step_arrays`, on a GPU; empty: all tokens are known."""
+    way: Way = Way.EAGER
 
 
 def step_of(batch: Batch, block_size: int) -> Step:
@@ -51,12 +70,13 @@ def encode(step: Step) -> bytes:
     """The message."""
     arrived, copies = np.array(step.arrived, np.int64), np.array(step.copies, np.int64).ravel()
     arrays: list[npt.NDArray[Any]] = [step.rows, copies, arrived, step.sources]
-    counts = (0, 0, 0)
+    counts: tuple[int, ...] = (0, 0, 0)
     if (placing := step.placing) is not None:
         counts = (*placing.block_tables.shape, placing.num_rows)
         arrays += [placing.token_ids, placing.positions, placing.slots]
         arrays += [placing.block_tables.ravel(), placing.query_starts, placing.context_lens]
-    header = np.array([_MAGIC, *counts, len(step.rows), len(step.copies), len(arrived), len(step.sources)], np.int64)
+    counts = (*counts, len(step.rows), len(step.copies), len(arrived), len(step.sources))
+    header = np.array([step.way.number, *counts], np.int64)
     return np.concatenate([header, *arrays], dtype=np.int64).tobytes()
 
 
@@ -65,8 +85,8 @@ def decode(message: bytearray) -> Step:
     if len(message) % 8 or len(message) < 8 * _HEADER:
         raise InternalError(f"a message of {len(message)} bytes is no step")
     numbers = np.frombuffer(message, np.int64)
-    magic, *counts = numbers[:_HEADER].tolist()
-    if magic != _MAGIC or not all(0 <= count <= _MOST for count in counts):
+    way, *counts = numbers[:_HEADER].tolist()
+    if way not in _WAYS or not all(0 <= count <= _MOST for count in counts):
         raise InternalError("a message is no step of this version")
     sequences, width, rows, sampled, copies, arrived, sources = counts
     sizes = [sampled, 2 * copies, arrived, sources]
@@ -81,4 +101,4 @@ def decode(message: bytearray) -> Step:
         ints = [array.astype(np.int32) for array in (tables, starts, lens)]
         placing = Placing(ids, positions, slots, ints[0].reshape(sequences, width), ints[1], ints[2])
     moves = [(source, target) for source, target in pairs.reshape(-1, 2).tolist()]
-    return Step(placing, wanted, moves, come.tolist(), draws)
+    return Step(placing, wanted, moves, come.tolist(), draws, _WAYS[way])

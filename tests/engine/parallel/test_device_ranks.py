@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("triton")
 from gpu_stand_in import Memory, device, load
 from greedy_steps import GREEDY, greedy
 from thread_ranks import Meeting, ThreadRanks
 
 from engine.batch import Batch, SampleSpec, Slice
 from engine.config import BY_FREE_MEMORY, EngineConfig
+from engine.device.steps import DeviceSteps
 from engine.loading import Engine
 from engine.parallel.checkpoint import RankCheckpoint
 from engine.parallel.loading import load_rank_on_device
 from engine.runner import Runner
 from engine.weights import open_checkpoint
+from kernels.triton.launch import Launch
 from tandem.record import SamplingParams
 
 SIZE = 2
@@ -37,9 +42,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def two_ranks(
-    path: Path, factories: list[Callable[[int, int], memoryview]] | None = None, **settings: Any
+    path: Path,
+    factories: list[Callable[[int, int], memoryview]] | None = None,
+    backends: Sequence[Any] = (None, None),
+    **settings: Any,
 ) -> Iterator[list[Engine]]:
-    """Both engines; the second follows meanwhile."""
+    """Both engines; the second follows meanwhile. `backends`: of each one's graphs."""
     sizes = {"num_blocks": 32, "block_size": 4, "max_sequences": 8, "max_step_tokens": 64, **settings}
     config = EngineConfig(str(path), device="cuda", compute="native", **sizes)
     meeting, whole = Meeting(SIZE), open_checkpoint(path)
@@ -48,7 +56,8 @@ def two_ranks(
     def load_one(rank: int) -> Engine:
         part, factory = RankCheckpoint(whole, rank, SIZE), factories[rank] if factories else None
         mirror: Sizes = {"transfers": True, "mirrored": factory is not None}
-        return load_rank_on_device(part, config, ranks[rank], device(memory=Memory()), whole, factory, **mirror)
+        own = device(backends[rank], Memory())
+        return load_rank_on_device(part, config, ranks[rank], own, whole, factory, **mirror)
 
     with ThreadPoolExecutor(SIZE) as pool:
         engines = list(pool.map(load_one, range(SIZE)))
@@ -63,6 +72,7 @@ def two_ranks(
         ranks[0].close()
         following.join(60)
         assert not following.is_alive()
+        ranks[1].close()
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
@@ -109,6 +119,50 @@ def test_steps_ahead_take_their_tokens_on_every_device(tiny_model: Path) -> None
     with two_ranks(tiny_model) as (leader, _):
         assert draw_ahead(leader.runner) == want
     assert len(set(want)) > 1
+
+
+class Replays:
+    """A `GraphBackend`: what was captured is done again."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def capture(self, body: Callable[[], None]) -> Any:
+        self.captured += 1
+        body()
+        body()
+        return SimpleNamespace(replay=lambda: self._again(body))
+
+    def _again(self, body: Callable[[], None]) -> None:
+        self.replayed += 1
+        body()
+
+    def held_bytes(self) -> int:
+        return 0
+
+
+def test_captured_steps_are_those_of_one_rank(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks capture the same graphs, at warm-up and later, and replay the same ones."""
+    lock, run = threading.Lock(), Launch.run
+
+    def one_at_a_time(launch: Launch) -> None:  # Triton's interpreter has one state for all threads
+        with lock:
+            run(launch)
+
+    monkeypatch.setattr(Launch, "run", one_at_a_time)
+    monkeypatch.setenv("TANDEM_GPU_KERNELS", "triton")
+    monkeypatch.setenv("TANDEM_ATTENTION", "triton")
+    want = draw_ahead(load(tiny_model).runner)
+    backends = [Replays(), Replays()]
+    with two_ranks(tiny_model, backends=backends, max_sequences=4) as engines:
+        engines[0].runner.warm_up()
+        assert draw_ahead(engines[0].runner) == want
+        steps = [engine.runner._steps for engine in engines]
+        held = [len(one.graphs) for one in steps if isinstance(one, DeviceSteps) and one.graphs is not None]
+        assert held == [3, 3]
+    assert [backend.captured for backend in backends] == [3, 3]
+    assert [len(one.graphs) for one in steps if isinstance(one, DeviceSteps) and one.graphs is not None] == [0, 0]
+    assert backends[0].replayed == backends[1].replayed >= 5
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])

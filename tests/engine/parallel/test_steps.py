@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from engine.batch import Batch, SampleSpec, Slice
 from engine.parallel import line
 from engine.parallel.group import Ranks
-from engine.parallel.step import Step, decode, encode, step_of
+from engine.parallel.step import Step, Way, decode, encode, step_of
 from engine.parallel.world import World
 from kv_transfer.pool import SharedPool, map_lent
 from tandem.errors import ConfigError, InternalError
@@ -67,6 +68,8 @@ def same(one: Step, other: Step) -> bool:
 def test_a_step_arrives_as_it_was(sent: Batch) -> None:
     step = step_of(sent, 4)
     assert same(step, decode(bytearray(encode(step))))
+    for way in Way:
+        assert decode(bytearray(encode(replace(step, way=way)))).way is way
 
 
 @given(st.data())
@@ -91,6 +94,15 @@ def test_steps_come_in_order_until_the_end(pair: tuple[Ranks, Ranks]) -> None:
     leader.send(b"second")
     leader.close()
     assert [other.receive(), other.receive(), other.receive()] == [b"first", b"second", None]
+
+
+def test_what_holds_the_group_is_released_once_when_it_ends(pair: tuple[Ranks, Ranks]) -> None:
+    leader, _ = pair
+    released: list[str] = []
+    leader.at_close(lambda: released.append("graphs"))
+    leader.close()
+    leader.close()
+    assert released == ["graphs"]
 
 
 def test_who_loaded_something_else_is_named(pair: tuple[Ranks, Ranks]) -> None:
