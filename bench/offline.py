@@ -95,6 +95,7 @@ def main() -> None:
     if ranks is not None and not ranks.leads:
         assert engine.follow is not None
         engine.follow()
+        ranks.close()
         return
     driver = SequenceDriver(engine, arguments.chunk_size)
     if arguments.stdin:

@@ -5,9 +5,10 @@
     python -m bench.serve --gateway 127.0.0.1:50051 --points tg8,tg16,tg32 --runs 7 --beside-engine
 
 tgB counts tokens from the moment the last stream got its first token until the first stream ends, so all B run
-throughout. TTFT (time to first token) and ITL (inter-token latency) are in milliseconds, over all streams of all
-counted runs. With `--beside-engine` each run is followed by one of the engine alone (default model, default settings),
-and `of_engine` is the median of the runs' ratios.
+throughout; `whole_tokens_per_s` counts from the first request to the last token. TTFT (time to first token) and ITL
+(inter-token latency) are in milliseconds, over all streams of all counted runs. With `--beside-engine` each run is
+followed by one of the engine alone (default model, default settings), and `of_engine` is the median of the runs'
+ratios.
 """
 
 from __future__ import annotations
@@ -92,6 +93,12 @@ def steady_rate(traces: Sequence[StreamTrace]) -> float:
     return sum(count for trace in traces for at, count in trace.arrivals if start < at <= end) / (end - start)
 
 
+def whole_rate(traces: Sequence[StreamTrace]) -> float:
+    """Tokens a second from the first request to the last token."""
+    tokens = sum(count for trace in traces for _, count in trace.arrivals)
+    return tokens / (max(trace.last for trace in traces) - min(trace.started for trace in traces))
+
+
 async def bench_point(
     client: AsyncClient, point: Point, vocabulary: int, runs: int, seed: int, alone: Alone | None = None
 ) -> dict[str, object]:
@@ -99,6 +106,7 @@ async def bench_point(
     rng = random.Random(seed)
     rates: list[float] = []
     beside: list[float] = []
+    wholes: list[float] = []
     traces: list[StreamTrace] = []
     for run in range(runs + 1):
         rate, run_traces = await measure(client, point, vocabulary, rng)
@@ -106,11 +114,13 @@ async def bench_point(
         if run:
             rates.append(rate)
             beside.append(engine)
+            wholes.append(whole_rate(run_traces))
             traces.extend(run_traces)
     row = {
         "point": point.name,
         "clients": point.sequences,
         "tokens_per_s": round(statistics.median(rates), 2),
+        "whole_tokens_per_s": round(statistics.median(wholes), 2),
         "ttft_ms": percentiles([trace.first - trace.started for trace in traces]),
         "itl_ms": percentiles([gap for trace in traces for gap in trace.gaps()]),
         "runs": runs,

@@ -72,5 +72,5 @@ def test_the_checkpoint_is_of_its_shape() -> None:
     assert weight.float().std() == pytest.approx(0.02, rel=0.1)
     assert (checkpoint.tensor("model.norm.weight") == 1).all()
     assert open_random("models/some.gguf", "cpu") is None
-    with pytest.raises(ConfigError, match="unknown shape 'llama-9'; known: smol-135m, llama-3-8b"):
+    with pytest.raises(ConfigError, match="unknown shape 'llama-9'; known: smol-135m, llama-1b, llama-3-8b"):
         open_random("random:llama-9", "cpu")

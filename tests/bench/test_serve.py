@@ -11,7 +11,7 @@ import pytest
 from bench import offline
 from bench.engine_alone import EngineAlone
 from bench.points import Point, parse_point
-from bench.serve import StreamTrace, compared, steady_rate
+from bench.serve import StreamTrace, compared, steady_rate, whole_rate
 from tandem.errors import InternalError
 
 
@@ -23,6 +23,12 @@ def test_the_steady_rate_counts_only_while_all_streams_run() -> None:
 
 def test_streams_that_never_run_together_have_no_rate() -> None:
     assert steady_rate([StreamTrace(0.0, [(1.0, 1), (2.0, 1)]), StreamTrace(0.0, [(3.0, 1), (4.0, 1)])]) == 0.0
+
+
+def test_the_whole_rate_counts_prompts_and_ends() -> None:
+    early = StreamTrace(0.0, [(1.0, 1), (2.0, 2)])
+    late = StreamTrace(1.0, [(3.0, 1), (4.0, 4)])
+    assert whole_rate([late, early]) == pytest.approx(2.0)
 
 
 def test_a_ratio_is_taken_run_by_run() -> None:
