@@ -21,7 +21,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """int32 [R, W] -> uint8 [R, count], new memory: the first `count` codes of `bits` (2, 3, 4, 8) of each row."""
     data = words.contiguous().view(torch.uint8)
     if bits == 8:
-        return data[:, :count].clone()
+        return data[:, :count].clone() if words.is_contiguous() else data[:, :count].contiguous()
     if bits == 3:
         return _unpack3(data)[:, :count].contiguous()
     fields = torch.empty(*data.shape, 8 // bits, dtype=torch.uint8)  # the only memory, however large the layer

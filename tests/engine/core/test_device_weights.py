@@ -31,11 +31,9 @@ VOCABULARY = 256
 FORMS = {
     # name -> the product that serves q, k, v, and how far log probabilities may be from the tool's
     "int4": (GroupLinear, 0.01),
-    "int4-zeros": (GroupLinear, 0.05),
     "gptq-v2": (GroupLinear, 0.05),
     "gptq-3": (GroupLinear, 0.05),
     "awq": (GroupLinear, 0.05),
-    "auto-round-gptq": (GroupLinear, 0.01),
     "int8": (ScaledLinear, 0.15),
     "fp8": (ScaledLinear, 0.3),
     "fp8-block": (ScaledLinear, 0.3),
