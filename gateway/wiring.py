@@ -130,6 +130,7 @@ class Gateway:
     async def _drain(self, grace: float) -> None:
         self.servicer.draining = True
         self._on_change()
+        self.shell.send_clients_on(grace)
         await self.servicer.drain(grace)
 
     async def close(self) -> None:

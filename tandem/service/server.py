@@ -9,10 +9,11 @@ end. A second signal skips the rest.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -31,6 +32,7 @@ _log = get_logger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MAX_HEALTH_BYTES = 4096
+DRAIN_MARGIN = 5.0
 FINAL_GRACE = 1.0
 """Seconds that streams get to send their last status after the drain."""
 
@@ -89,6 +91,7 @@ class ServerShell:
         self.health_address = ""
         self._stop = asyncio.Event()
         self._signals = 0
+        self._leaving: asyncio.Future[None] | None = None
 
     def add_service(self, full_name: str) -> None:
         """Makes a service known to health and reflection, for example "tandem.v1.DecodeService". Before `start`."""
@@ -119,9 +122,17 @@ class ServerShell:
         await self._health_server.start()
         self.health_address = str(listen.with_port(port))
 
+    def send_clients_on(self, grace: float) -> None:
+        """Before a drain of `grace` seconds: takes no more connections and calls, and tells those who have one to call
+        elsewhere. What runs goes on. Behind one address of many servers a client would else stay with this one.
+        """
+        self._leaving = asyncio.ensure_future(self.server.stop(grace + DRAIN_MARGIN))
+
     async def stop(self, grace: float) -> None:
         """Ends both servers; calls get `grace` seconds to end. Idempotent."""
         await self.server.stop(grace)
+        if self._leaving is not None:
+            await self._leaving
         if self._health_server is not None:
             await self._health_server.stop(0)
 
@@ -172,7 +183,7 @@ class ServerShell:
         work = asyncio.ensure_future(drain(grace))
         second = asyncio.ensure_future(self._stop.wait())
         # `drain` keeps to its grace itself; the margin is for one that hangs.
-        await asyncio.wait({work, second}, timeout=grace + 5, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, second}, timeout=grace + DRAIN_MARGIN, return_when=asyncio.FIRST_COMPLETED)
         second.cancel()
         if not work.done():
             work.cancel()
@@ -185,8 +196,9 @@ class ServerShell:
 def run(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
     """Runs a process's main coroutine on uvloop (asyncio where there is none); returns its exit code.
 
-    A ConfigError becomes one line on stderr and exit code 2.
+    A ConfigError becomes one line on stderr and exit code 2. SIGTERM ends what doesn't serve yet at once, with code 0.
     """
+    before = signal.signal(signal.SIGTERM, _end_at_once)
     try:
         import uvloop
     except ImportError:
@@ -199,3 +211,13 @@ def run(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
     except ConfigError as exc:
         print(f"error: {exc}", file=sys.stderr, flush=True)  # noqa: T201
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _end_at_once(_number: int, _frame: object) -> NoReturn:
+    """Until `run_until_signal` there is nothing to drain, and a model that a thread is loading can't be called off.
+
+    Without a handler the first process of a container would not hear the signal at all.
+    """
+    os._exit(0)

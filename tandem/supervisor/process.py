@@ -122,10 +122,11 @@ class Process:
             self._ready.cancel()
 
     def error_line(self) -> str:
-        """The line that tells best why it failed: its `error: ...`, or the last one."""
+        """What tells best why it failed: its `error: ...`, else how it ended, with the last line that it wrote."""
         lines = [line for line in self.tail if line.strip()]
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return (errors or lines or [f"no message (exit code {self._child.returncode})"])[-1]
+        if errors := [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]:
+            return errors[-1]
+        return f"exit code {self._child.returncode}" + (f"; it last wrote: {lines[-1]}" if lines else "")
 
     async def _read_stdout(self) -> None:
         assert self._child.stdout is not None

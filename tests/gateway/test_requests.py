@@ -479,24 +479,3 @@ async def test_health_and_metrics(cluster: Cluster, serve: Any) -> None:
     assert (await asyncio.to_thread(_get, address, "/healthz"))[0] == 503
     assert (await asyncio.to_thread(_get, address, "/nothing"))[0] == 404
     assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-async def test_health_says_no_while_draining(cluster: Cluster, serve: Any) -> None:
-    """Over gRPC and HTTP, from the start of the drain, whatever workers report meanwhile."""
-    await cluster.start(prefill=0)
-    worker = cluster.decode[0]
-    worker.stream_pause_after = 1
-    front = await serve()
-    health = health_pb2_grpc.HealthStub(front.channel)
-    call = front.stream()
-    await until(lambda: worker.tokens_sent == 1)
-    draining = asyncio.create_task(front.gateway._drain(10))
-    await asyncio.sleep(0.3)  # several load reports
-    assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    assert (await asyncio.to_thread(_get, front.gateway.http_address, "/healthz"))[0] == 503
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await front.collect(front.stream())
-    assert from_rpc_error(caught.value).reason == "DRAINING"
-    worker.resume.set()
-    assert tokens_of(await front.collect(call)) == expected(8)
-    await draining

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -317,6 +320,37 @@ async def test_failing_drain_still_stops(served: Any) -> None:
 
     shell.request_stop()
     assert await shell.run_until_signal(drain, 1.0) == 0
+
+
+LOADING = """
+import asyncio, os, signal, threading
+from tandem.service import server
+
+async def main():
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    await asyncio.to_thread(threading.Event().wait)  # a model that takes long
+
+raise SystemExit(server.run(main))
+"""
+CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork")
+
+
+def _may_unshare() -> bool:
+    try:
+        return subprocess.run([*CONTAINER, "true"], capture_output=True, timeout=10).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["of-many", "first-of-a-container"])
+def test_a_process_that_still_loads_ends_at_once(first: bool) -> None:
+    """The first process of a container hears no signal that it has no handler for."""
+    if first and not _may_unshare():
+        pytest.skip("this machine gives no user namespaces")
+    command = [*(CONTAINER if first else ()), sys.executable, "-c", LOADING]
+    root = Path(server.__file__).parents[2]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, timeout=30, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_run_maps_config_errors_to_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:

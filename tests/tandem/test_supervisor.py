@@ -20,7 +20,7 @@ from certificates import Issued
 from tandem.errors import ConfigError, InvalidRequestError, UnavailableError
 from tandem.service.address import Address
 from tandem.service.tls import TlsFiles
-from tandem.supervisor import control, runtime, slot
+from tandem.supervisor import control, process, runtime, slot
 from tandem.supervisor import supervisor as supervisor_
 from tandem.supervisor.listing import listed
 from tandem.supervisor.settings import UpSettings, environment, gpu_variables, worker_arguments
@@ -243,6 +243,15 @@ async def test_worker_that_cannot_start(up: Up, fake_services: Path, monkeypatch
         await supervisor.start()
     await supervisor.stop()
     assert live(fake_services) == []
+
+
+async def test_how_a_worker_ended_that_gives_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's killer, for one, leaves it no time: what it logged before is no reason."""
+    dies = "import os, signal, sys; print('loading', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr("tandem.supervisor.settings.command_line", lambda *_: [sys.executable, "-c", dies])
+    worker = await process.Process.launch("decode-0", "decode", [], lambda *_: None)
+    assert await worker.ready() is None
+    assert worker.error_line() == "exit code -9; it last wrote: loading"
 
 
 async def test_stubborn_worker_is_killed(up: Up, fake_services: Path, monkeypatch: pytest.MonkeyPatch) -> None:
