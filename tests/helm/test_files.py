@@ -191,5 +191,6 @@ def test_engines_take_what_the_chart_lets_through() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text("utf-8"))["properties"]["engine"]["properties"]
     assert set(schema["device"]["enum"]) == set(config.DEVICES)
     assert set(schema["compute"]["enum"]) == {*config.COMPUTES, *config.GPU_COMPUTES}
+    assert set(schema["attention"]["enum"]) == set(config.ATTENTIONS)
     assert set(schema["dtype"]["enum"]) == {*config.DTYPES, *config.GPU_DTYPES}
     assert set(schema["kvDtype"]["enum"]) == {*config.KV_DTYPES, *config.GPU_KV_DTYPES}

@@ -39,6 +39,9 @@
 {{- end -}}
 {{- if or (ne $settings.autoscaling.mode "none") (int $settings.replicas) -}}
 {{- $devices = append $devices (include "tandem.device" (dict "root" $ "settings" $settings)) -}}
+{{- if and (eq $engine.attention "flash-attn-2") (ne (int $settings.blockSize) 256) -}}
+{{- fail (printf "%s.blockSize is %d: engine.attention flash-attn-2 takes blocks of 256 tokens" $component (int $settings.blockSize)) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if gt (len (uniq $devices)) 1 -}}
@@ -48,6 +51,9 @@
 {{- $gpu := eq $device "cuda" -}}
 {{- if has $engine.compute (ternary (list "exact" "bf16") (list "native" "fp8" "int4") $gpu) -}}
 {{- fail (printf "engine.compute %s is none of device %s" $engine.compute $device) -}}
+{{- end -}}
+{{- if and (not $gpu) (ne $engine.attention "auto") -}}
+{{- fail (printf "engine.attention %s is for GPUs (gpu.count), leave it auto" $engine.attention) -}}
 {{- end -}}
 {{- if and (not $gpu) (or (eq $engine.dtype "float16") (eq $engine.kvDtype "float16")) -}}
 {{- fail "engine.dtype and engine.kvDtype: float16 is for GPUs (gpu.count)" -}}
@@ -80,8 +86,26 @@
 {{- if and .route.enabled (not .route.parentRefs) -}}
 {{- fail "route.parentRefs is empty: name the Gateways that the route belongs to" -}}
 {{- end -}}
-{{- if and .ingress.enabled (or (not .ingress.hosts) (not .ingress.tlsSecret)) -}}
+{{- if and .ingress.enabled (or (not .ingress.hosts) (not (or .ingress.tlsSecret .ingress.passthrough))) -}}
 {{- fail "ingress.hosts and ingress.tlsSecret are needed: gRPC through an Ingress is HTTP/2 over TLS" -}}
+{{- end -}}
+{{- if and .ingress.passthrough (not .tls.enabled) -}}
+{{- fail "ingress.passthrough needs tls.enabled: the gateways have to end the clients' TLS" -}}
+{{- end -}}
+{{- if .test.enabled -}}
+{{- include "tandem.checkTest" $ -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A test that can't pass is none, and one that isn't there would pass. */}}
+{{- define "tandem.checkTest" -}}
+{{- with .Values -}}
+{{- if and .tls.clientCertificates (not .tls.testSecret) -}}
+{{- fail "tls.testSecret is empty: with tls.clientCertificates helm test needs a client's certificate; or set test.enabled to false" -}}
+{{- end -}}
+{{- if and .apiKeys.secretName (not .apiKeys.testSecret.name) -}}
+{{- fail "apiKeys.testSecret.name is empty: with apiKeys.secretName helm test needs a key; or set test.enabled to false" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -68,6 +68,7 @@ args:
   - --device={{ include "tandem.device" . }}
   - --compute={{ .root.Values.engine.compute }}
   - --dtype={{ .root.Values.engine.dtype }}
+  - --attention={{ .root.Values.engine.attention }}
   - --kv-dtype={{ .root.Values.engine.kvDtype }}
   {{- with .root.Values.engine.transport }}
   - --transport={{ . }}

@@ -14,7 +14,8 @@ What a cluster would give, and what stands for it here:
 | the kubelet | this file: probes, preStop, SIGTERM, grace |
 
 With TANDEM_IMAGE set they are containers of that image, run by podman (PODMAN: its command with flags) as the rendered
-user, with no capability and a read-only root; mounts, names and `python` are then the rendered ones.
+user, with no capability, a read-only root and the rendered limits; mounts, names and `python` are then as
+rendered.
 """
 
 from __future__ import annotations
@@ -34,12 +35,21 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from volumes import put
 
 ROOT = Path(__file__).resolve().parents[3]
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 KEPT = ("PATH", "LANG", "PYTHONDONTWRITEBYTECODE")
 IMAGE = os.environ.get("TANDEM_IMAGE", "")
 PODMAN = shlex.split(os.environ.get("PODMAN", "podman"))
+BYTES = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+
+
+def size(quantity: str) -> int:
+    """Bytes of a quantity such as 4Gi."""
+    found = re.fullmatch(r"(\d+)(\w*)", quantity)
+    assert found is not None
+    return int(found[1]) * BYTES[found[2]]
 
 
 @dataclass
@@ -72,25 +82,43 @@ class Pod:
         """Its own; the test pod has none."""
         return self.addresses.get(self.container["name"], "")
 
+    def port(self, name: str) -> int:
+        """Of its container."""
+        (found,) = (int(port["containerPort"]) for port in self.container["ports"] if port["name"] == name)
+        return found
+
+    @property
+    def volumes(self) -> dict[str, Mapping[str, Any]]:
+        """By name."""
+        return {volume["name"]: volume for volume in self.spec["volumes"]}
+
     def mounts(self) -> dict[str, Path]:
-        """Folders by mount path, filled where a Secret says with what. /dev/shm and /tmp stay the machine's."""
-        volumes = {volume["name"]: volume for volume in self.spec["volumes"]}
+        """Folders by mount path, made at the first call. /dev/shm and /tmp stay the machine's."""
         found = {}
         for mount in self.container["volumeMounts"]:
             if mount["mountPath"] in ("/dev/shm", "/tmp"):
                 continue
             folder = self.folder / mount["name"]
-            folder.mkdir(exist_ok=True)
             found[mount["mountPath"]] = folder
-            if "secret" in volumes[mount["name"]]:
-                self._fill(folder, volumes[mount["name"]]["secret"])
+            if not folder.exists():
+                folder.mkdir()
+                self._fill(mount["name"])
         return found
 
-    def _fill(self, folder: Path, source: Mapping[str, Any]) -> None:
+    def renew(self) -> None:
+        """What the kubelet does some time after Secrets have changed."""
+        self.mounts()
+        for mount in self.container["volumeMounts"]:
+            self._fill(mount["name"])
+
+    def _fill(self, volume: str) -> None:
+        """With what its Secret holds now; other volumes begin empty."""
+        if (source := self.volumes[volume].get("secret")) is None:
+            return
         contents = self.secrets[source["secretName"]]
-        for key in [item["key"] for item in source.get("items", ())] or contents:
-            (folder / key).write_bytes(contents[key])
-            (folder / key).chmod(source["defaultMode"])
+        chosen = {key: contents[key] for key in [item["key"] for item in source.get("items", ())] or contents}
+        group = self.spec["securityContext"]["fsGroup"] if IMAGE else None
+        put(self.folder / volume, chosen, source["defaultMode"], group)
 
     def here(self, text: str) -> str:
         """A rendered argument or value as it must be on this machine."""
@@ -125,17 +153,30 @@ class Pod:
         flags = ["--rm", "--name", self.name, "--network", "host", "--read-only", "--read-only-tmpfs=false"]
         flags += ["--cap-drop", "all", "--security-opt", "no-new-privileges"]
         flags += ["--user", f"{user['runAsUser']}:{user['runAsGroup']}", "--tmpfs", "/tmp"]
-        token = {ACCOUNT: self.account} if self._has_token else {}
-        for path, folder in {**self.mounts(), **token}.items():
-            shutil.chown(folder, user["runAsUser"], user["fsGroup"])
-            for file in folder.rglob("*"):
-                shutil.chown(file, user["runAsUser"], user["fsGroup"])
-            flags += ["--volume", f"{folder}:{path}"]
+        memory = size(self.container["resources"]["limits"]["memory"])
+        flags += ["--memory", str(memory), "--memory-swap", str(memory)]
+        if "shm" in self.volumes:
+            flags += ["--shm-size", str(size(self.volumes["shm"]["emptyDir"]["sizeLimit"]))]
+        flags += self._volume_flags(user)
         for name, value in self.environment().items():
             flags += ["--env", f"{name}={value}"]
         for name, address in self.names.items():
             flags += ["--add-host", f"{name}:{address}"]
         return [*PODMAN, "run", *flags, IMAGE]
+
+    def _volume_flags(self, user: Mapping[str, Any]) -> list[str]:
+        flags, read_only = [], {mount["mountPath"] for mount in self.container["volumeMounts"] if mount.get("readOnly")}
+        for path, folder in self.mounts().items():
+            if path not in read_only:
+                for file in (folder, *folder.rglob("*")):
+                    shutil.chown(file, user["runAsUser"], user["fsGroup"])
+            flags += ["--volume", f"{folder}:{path}{':ro' if path in read_only else ''}"]
+        return flags + (["--volume", f"{self.account}:{ACCOUNT}:ro"] if self._has_token else [])
+
+    def execute(self, *words: str) -> str:
+        """What a command inside the container writes; for containers alone."""
+        command = [*PODMAN, "exec", self.name, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
     def environment(self) -> dict[str, str]:
         """The container's, and of this machine's only what processes can't be without."""
@@ -182,8 +223,10 @@ class Pod:
                 return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def await_probe(self, name: str, seconds: float = 120) -> None:
-        """Probes until it passes; within the time that the probe itself would give, and no longer than `seconds`."""
+    def await_probe(self, name: str, seconds: float = 600 if IMAGE else 120) -> None:
+        """Probes until it passes; within the time that the probe itself would give, and no longer than `seconds`: in a
+        container kernels may have to be compiled first.
+        """
         probe = self.container[name]
         limit = min(seconds, probe["periodSeconds"] * probe["failureThreshold"]) if name == "startupProbe" else seconds
         self.until(lambda: self.probe(name), limit)
@@ -206,10 +249,10 @@ class Pod:
         subprocess.run(hook, check=True, timeout=self.spec["terminationGracePeriodSeconds"])
         self.process.send_signal(signal.SIGTERM)
 
-    def await_end(self) -> int:
-        """The exit code. Raises TimeoutExpired when the grace is over."""
+    def await_end(self, seconds: float | None = None) -> int:
+        """The exit code. Raises TimeoutExpired when the grace, or `seconds`, are over."""
         assert self.process is not None
-        return self.process.wait(self.spec["terminationGracePeriodSeconds"])
+        return self.process.wait(seconds or self.spec["terminationGracePeriodSeconds"])
 
     def kill(self) -> None:
         """Leaves nothing behind."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from chart_files import EXAMPLES
-from chart_tools import RELEASE, flags_of, named, objects, of_kind, pod_specs, rendered, template
+from chart_tools import flags_of, named, objects, of_kind, pod_specs, rendered, template
 
 EVERY_EXAMPLE = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 SERVICES = ("gateway", "prefill", "decode")
+TLS = ["tls.enabled=true", *(f"tls.secrets.{service}={service}-tls" for service in SERVICES)]
 
 
 def deployments(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -162,34 +163,6 @@ def test_every_pod_is_restricted(example: Path) -> None:
         assert mounted == {volume["name"] for volume in spec["volumes"]}
 
 
-@EVERY_EXAMPLE
-def test_only_who_must_reaches_a_worker(example: Path) -> None:
-    documents = objects(rendered(example))
-    for component, other in (("prefill", "decode"), ("decode", "prefill")):
-        policy = named(documents, "NetworkPolicy", f"-{component}")
-        for rule in policy["spec"]["ingress"]:
-            if {"port": "metrics"} in rule.get("ports", ()):
-                continue
-            callers = [peer["podSelector"]["matchLabels"] for peer in rule["from"]]
-            assert {one["app.kubernetes.io/component"] for one in callers} <= {"gateway", other}
-            assert all(one["app.kubernetes.io/instance"] == RELEASE for one in callers)
-
-
-@EVERY_EXAMPLE
-def test_a_token_is_mounted_only_for_watching(example: Path) -> None:
-    documents = objects(rendered(example))
-    roles = of_kind(documents, "Role")
-    for name, spec in pod_specs(documents):
-        watches = name.endswith("-gateway") and bool(roles)
-        assert spec["automountServiceAccountToken"] is watches
-    for role in roles:
-        assert role["rules"] == [
-            {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}
-        ]
-    accounts = {one["metadata"]["name"] for one in of_kind(documents, "ServiceAccount")}
-    assert {spec["serviceAccountName"] for _, spec in pod_specs(documents)} <= accounts
-
-
 def test_both_roles_are_one_template() -> None:
     """With the same values a prefill worker is a decode worker but for its names."""
     documents = objects(rendered())
@@ -222,6 +195,14 @@ def test_a_worker_is_told_what_it_computes_on(example: Path) -> None:
         (container,) = named(documents, "Deployment", f"-{role}")["spec"]["template"]["spec"]["containers"]
         requested = "nvidia.com/gpu" in container["resources"]["requests"]
         assert flags_of(container)["--device"] == ("cuda" if requested else "cpu")
+
+
+def test_the_attention_is_that_of_both_pools() -> None:
+    """Its name is part of what workers are paired by."""
+    documents = objects(rendered(None, "engine.device=cuda", "engine.attention=triton"))
+    for role in ("prefill", "decode"):
+        (container,) = named(documents, "Deployment", f"-{role}")["spec"]["template"]["spec"]["containers"]
+        assert flags_of(container)["--attention"] == "triton"
 
 
 @EVERY_EXAMPLE
@@ -273,6 +254,12 @@ def test_what_devices_are_for(settings: list[str], device: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        (["engine.attention=fast"], "attention"),
+        (["engine.attention=triton"], "engine.attention triton is for GPUs"),
+        (["engine.device=cuda", "engine.attention=flash-attn-2"], "prefill.blockSize is 0: engine.attention"),
+        (["apiKeys.secretName=keys"], "apiKeys.testSecret.name is empty"),
+        ([*TLS, "tls.clientCertificates=true"], "tls.testSecret is empty"),
+        (["ingress.enabled=true", "ingress.hosts[0]=a.b", "ingress.passthrough=true"], "passthrough needs tls.enabled"),
         (["decode.drainSeconds=30"], "decode.drainSeconds is 30: a drain must outlast the longest request"),
         (["longestGenerationSeconds=3600"], "drainSeconds"),
         (["prefill.replica=2"], "replica"),

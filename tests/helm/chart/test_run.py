@@ -5,150 +5,53 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
+import json
 import re
-import shutil
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from api_server import ApiServer
-from certificates import Authority
 from chart_files import dashboard_expressions, matches, selectors
-from chart_tools import NAMESPACE, RELEASE, named, objects, of_kind, rendered
-from pods import Pod
+from chart_tools import NAMESPACE, RELEASE, named, of_kind
+from cluster import Cluster
+from pods import IMAGE, Pod, size
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_server import Prometheus
 
-from kernels.build import cache_dir
-from tandem.client import Client, Delta, Finished
+from tandem.client import Delta, Finished
 from tandem.errors import TandemError
 from tandem.record import FinishReason
 
-COMPONENTS = ("prefill", "decode", "gateway")
-SMALL = {
-    "longestGenerationSeconds": 300,
-    "gateway": {"replicas": 1, "drainSeconds": 300, "preStopSeconds": 1},
-    "monitoring": {"podMonitor": {"enabled": True}, "rules": {"enabled": True}, "dashboard": {"enabled": True}},
-    **{
-        role: {
-            "drainSeconds": 300,
-            "preStopSeconds": 1,
-            "threads": 1,
-            "kvMemory": 64 << 20,
-            "autoscaling": {"mode": mode},
-        }
-        for role, mode in (("prefill", "keda"), ("decode", "hpa"))
-    },
-}
-KEY = "a-key-of-32-characters-and-no-less"
-MTLS = {
-    "tls": {
-        "enabled": True,
-        "secrets": {role: f"{role}-tls" for role in COMPONENTS},
-        "clientCertificates": True,
-        "testSecret": "client-tls",
-    },
-    "apiKeys": {"secretName": "keys", "testSecret": {"name": "test-key"}},
-    "gateway": {**SMALL["gateway"], "discovery": "endpointslices"},
-}
 PROMPT = "One Monday morning a tale began of a fox, a crow and a piece of cheese, and it went on for very long: " * 2
-
-
-@dataclass
-class Cluster:
-    """The pods of one rendering."""
-
-    documents: list[dict[str, Any]]
-    pods: dict[str, Pod]
-    test: Pod
-    client: dict[str, Any] = field(default_factory=dict)
-    api: ApiServer | None = None
-
-    def publish(self) -> None:
-        """Each worker's readiness is in its Service's EndpointSlice now; DNS needs nobody to say so here."""
-        for role in ("prefill", "decode"):
-            if self.api is not None:
-                self.api.publish(self[role].name, self[role].address, ready=self[role].probe("readinessProbe"))
-
-    def connect(self) -> Client:
-        """A client of the gateway's Service."""
-        return Client(f"{self.pods['gateway'].address}:50051", **self.client)
-
-    def __getitem__(self, role: str) -> Pod:
-        return self.pods[role]
-
-
-def _secrets(folder: Path) -> tuple[dict[str, dict[str, bytes]], dict[str, Any]]:
-    """Contents of every Secret that MTLS names, and what a client needs."""
-    folder.mkdir()
-    authority, found = Authority(folder), {}
-    for name in (*COMPONENTS, "client"):
-        issued = authority.issue(name, f"tandem-{name}")
-        pairs = {"tls.crt": issued.cert, "tls.key": issued.key, "ca.crt": issued.ca}
-        found[f"{name}-tls"] = {key: path.read_bytes() for key, path in pairs.items()}
-    digest = hashlib.sha256(KEY.encode()).hexdigest()
-    found["keys"] = {"keys.json": f'{{"alice": ["{digest}"]}}'.encode()}
-    found["test-key"] = {"key": KEY.encode()}
-    client = {"tls_ca": folder / "authority.pem", "tls_cert": folder / "client.crt", "tls_key": folder / "client.key"}
-    return found, {**client, "tls_server_name": "tandem-gateway", "api_key": KEY}
-
-
-def _pods(documents: list[dict[str, Any]], folder: Path, secrets: Any) -> tuple[dict[str, Pod], Pod]:
-    net = f"127.{random.randint(1, 250)}.{random.randint(1, 250)}"
-    addresses = {role: f"{net}.{number}" for number, role in enumerate(COMPONENTS, 1)}
-    names = {
-        f"{RELEASE}-tandem-{role}.{NAMESPACE}.svc.cluster.local{end}": address
-        for end in (".", "")  # with its dot first: each is replaced by the address
-        for role, address in addresses.items()
-    }
-    made = {}
-    for role in (*COMPONENTS, "test"):
-        (folder / role).mkdir()
-        found = named(documents, "Pod" if role == "test" else "Deployment", f"-{role}")
-        spec = found["spec"] if role == "test" else found["spec"]["template"]["spec"]
-        made[role] = Pod(found["metadata"]["name"], spec, addresses, folder / role, secrets, names)
-    return made, made.pop("test")
+LOOK_AROUND = """
+import json, os, pathlib
+def read(*paths): return next(path.read_text() for path in map(pathlib.Path, paths) if path.exists())
+def writable(path):
+    try: pathlib.Path(path, "x").write_text("")
+    except OSError: return False
+    return True
+shm = os.statvfs("/dev/shm")
+print(json.dumps({
+    "user": [os.getuid(), os.getgid()],
+    "capabilities": int(read("/proc/self/status").split("CapEff:")[1].split()[0], 16),
+    "memory": int(read("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")),
+    "shm": shm.f_frsize * shm.f_blocks,
+    "writable": [path for path in ("/", "/opt/tandem", "/tls", "/keys", "/cache", "/tmp") if writable(path)],
+}))
+"""
 
 
 @pytest.fixture(scope="module", params=["clear", "mtls"])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """All pods up and ready, one after another as their probes say."""
-    folder = tmp_path_factory.mktemp(request.param)
-    values = folder / "values.yaml"
-    values.write_text(yaml.safe_dump({**SMALL, **(MTLS if request.param == "mtls" else {})}))
-    documents = objects(rendered(values))
-    secure = request.param == "mtls"
-    secrets, client = _secrets(folder / "pki") if secure else ({}, {})
-    pods, test = _pods(documents, folder, secrets)
-    made = Cluster(documents, pods, test, client, ApiServer(folder) if secure else None)
+    """All pods up and ready."""
+    made = Cluster.make(tmp_path_factory.mktemp(request.param), secure=request.param == "mtls")
     try:
-        _start(made)
+        made.start()
         yield made
     finally:
-        for pod in pods.values():
-            pod.kill()
-        if made.api is not None:
-            made.api.close()
-
-
-def _start(cluster: Cluster) -> None:
-    for role, pod in cluster.pods.items():
-        if cluster.api is not None:
-            pod.account, pod.given = cluster.api.account, cluster.api.environment
-        if role != "gateway":  # the cache volume of a pod that has run here before: its kernels are compiled
-            shutil.copytree(cache_dir(), pod.mounts()["/cache"] / "tandem" / "kernels")
-        pod.start()
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        for role, pod in cluster.pods.items():
-            if role == "gateway":
-                cluster.publish()
-            pod.await_probe(probe)
+        made.close()
 
 
 def test_the_test_pod_gets_an_answer(cluster: Cluster) -> None:
@@ -166,9 +69,41 @@ def test_kv_comes_from_the_prefill_pod(cluster: Cluster) -> None:
     assert _value(cluster["decode"], "tandem_nixl_bytes_transferred_total") > 0
 
 
+@pytest.mark.skipif(not IMAGE, reason="a process has the machine's rights and limits: TANDEM_IMAGE=... for containers")
+def test_containers_may_do_what_is_rendered_and_no_more(cluster: Cluster) -> None:
+    """User, capabilities, memory, shared memory, and what can be written."""
+    for role, pod in cluster.pods.items():
+        seen = json.loads(pod.execute("python", "-c", LOOK_AROUND))
+        user = pod.spec["securityContext"]
+        assert seen["user"] == [user["runAsUser"], user["runAsGroup"]]
+        assert seen["capabilities"] == 0
+        assert seen["memory"] == size(pod.container["resources"]["limits"]["memory"])
+        assert seen["writable"] == ["/cache", "/tmp"]
+        if role != "gateway":
+            assert seen["shm"] == size(pod.volumes["shm"]["emptyDir"]["sizeLimit"])
+
+
+def test_a_renewed_certificate_is_taken_up(cluster: Cluster) -> None:
+    """By every service for its next connection, as the kubelet renews files; what runs goes on to its end."""
+    if (pki := cluster.pki) is None:
+        pytest.skip("in clear there is no certificate")
+    with cluster.connect() as client, client.stream(PROMPT, max_tokens=300, ignore_eos=True, cache_salt="r") as events:
+        tokens = len(next(event for event in events if isinstance(event, Delta)).token_ids)
+        for role, pod in cluster.pods.items():
+            serial, port = pki.issue(role), pod.port("grpc")
+            assert pki.presented(role, pod.address, port) != serial
+            pod.renew()
+            assert pki.presented(role, pod.address, port) == serial
+        tokens += sum(len(event.token_ids) for event in events if isinstance(event, Delta))
+    assert tokens == 300
+    copied = _value(cluster["decode"], "tandem_nixl_bytes_transferred_total")
+    with cluster.connect() as client:
+        client.generate(PROMPT, max_tokens=4, cache_salt="s")
+    assert _value(cluster["decode"], "tandem_nixl_bytes_transferred_total") > copied
+
+
 def _metrics(pod: Pod) -> list[tuple[str, dict[str, str], float]]:
-    port = next(port["containerPort"] for port in pod.container["ports"] if port["name"] == "metrics")
-    with urllib.request.urlopen(f"http://{pod.address}:{port}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"http://{pod.address}:{pod.port('metrics')}/metrics", timeout=10) as response:
         families = text_string_to_metric_families(response.read().decode())
     return [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
 
@@ -267,6 +202,18 @@ def test_external_metrics_are_recorded(cluster: Cluster) -> None:
     for metric in scaler["spec"]["metrics"]:
         wanted = metric["external"]["metric"]
         assert wanted["selector"]["matchLabels"].items() <= recorded[wanted["name"]].items()
+
+
+def test_a_pod_that_still_loads_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    """It has nothing to drain, and no grace to wait for: whoever is to follow may need its GPU."""
+    pod = cluster.another("prefill", tmp_path)
+    pod.start()
+    try:
+        pod.until(lambda: '"loading"' in pod.log())
+        pod.terminate()
+        assert pod.await_end(60) == 0
+    finally:
+        pod.kill()
 
 
 def test_a_pod_that_ends_finishes_what_it_runs(cluster: Cluster) -> None:
