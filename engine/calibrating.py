@@ -87,6 +87,7 @@ def _auto_round(source: Path, out: Path, samples: Samples, group: int) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     texts = {"dataset": [torch.tensor([ids]) for ids in samples], "nsamples": len(samples), "seqlen": LENGTH}
     how = {"bits": 4, "group_size": group, "sym": True, "batch_size": min(8, len(samples)), "device_map": _device()}
+    how["enable_torch_compile"] = torch.cuda.is_available()  # compiling for a CPU takes minutes
     tool.AutoRound(model, tokenizer, **how, **texts).quantize_and_save(output_dir=str(out), format="auto_round")
     written = next(iter(out.rglob("config.json")), out / "config.json").parent
     if written != out:  # a folder of the tool's own naming
