@@ -61,6 +61,7 @@ SHAPES: Final = {
         _llama("smol-135m", 30, 576, 1536, (9, 3), vocabulary=49_152, theta=100_000.0, max_context=2048),
         _llama("llama-1b", 16, 2048, 8192, (32, 8)),
         _llama("llama-3-8b", 32, 4096, 14_336, (32, 8)),
+        _llama("llama-3-8b-32k", 32, 4096, 14_336, (32, 8), max_context=33_024),
         _llama("llama-3-70b", 80, 8192, 28_672, (64, 8)),
         _llama("llama-tiny", 2, 64, 96, (4, 2), vocabulary=500, theta=10_000.0, max_context=256),
     )
