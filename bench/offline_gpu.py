@@ -2,7 +2,8 @@
 
 A decode step must read all weights and the cached keys and values once: its floor is that at the rate of a copy. A
 prefill must do the products of every row, and attention's: its floor is that at the rate of torch's own product. Decode
-steps overlap: each is launched while the one before runs (`host_ms` is what a launch takes the host).
+steps overlap: each is launched while the one before runs. `host_ms` is what a launch takes the host, with the step's
+arrays, their copy and the results'; `replay_ms`, a part of it, is the replay of the captured graph alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -58,19 +61,36 @@ def measure(driver: SequenceDriver, point: Point, rates: Rates) -> dict[str, Any
         driver.decode_ahead(sequences, WARM_STEPS)
         steps = point.output_tokens - WARM_STEPS
         start = time.perf_counter()
-        launches = driver.decode_ahead(sequences, steps)
+        with timed_replays() as replays:
+            launches = driver.decode_ahead(sequences, steps)
         seconds = (time.perf_counter() - start) / steps
     engine = driver.engine
     context = point.prompt_tokens + point.output_tokens // 2
     work = step_work(engine.model_config, engine.engine_config, _read_bytes(driver), point.sequences, context)
     floor = work.read_bytes / rates.gb_per_s / 1e6
-    return {
+    figures = {
         "tokens_per_s": point.sequences / seconds,
         "step_ms": seconds * 1e3,
         "floor_ms": floor,
         "of_floor": floor / (seconds * 1e3),
         "host_ms": statistics.median(launches) * 1e3,
     }
+    return figures | ({"replay_ms": statistics.median(replays) * 1e3} if replays else {})
+
+
+@contextmanager
+def timed_replays() -> Iterator[list[float]]:
+    """The seconds that each replay of a graph takes the host meanwhile; empty where steps are eager."""
+    seconds: list[float] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def timed(graph: torch.cuda.CUDAGraph) -> None:
+        start = time.perf_counter()
+        replay(graph)
+        seconds.append(time.perf_counter() - start)
+
+    with mock.patch.object(torch.cuda.CUDAGraph, "replay", timed):
+        yield seconds
 
 
 def _prefill_row(driver: SequenceDriver, point: Point, rates: Rates, seconds: float) -> dict[str, Any]:

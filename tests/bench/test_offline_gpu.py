@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from bench.gpu_speed import Rates
-from bench.offline_gpu import measure
+from bench.offline_gpu import measure, timed_replays
 from bench.points import parse_point
 from bench.random_weights import SHAPES, RandomCheckpoint, open_random
 from bench.sequences import SequenceDriver
@@ -20,6 +22,7 @@ from tandem.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|divide by zero|invalid value):RuntimeWarning")
 SHAPE = "random:llama-tiny"
+GRAPH: Any = object()
 
 
 @pytest.fixture
@@ -56,6 +59,7 @@ def test_steps_launched_ahead_draw_the_same_tokens(driver: SequenceDriver) -> No
 def test_points_have_figures_beside_floors(driver: SequenceDriver) -> None:
     rates = Rates(gb_per_s=100.0, tflops=1.0)
     decode = measure(driver, parse_point("tg2@16"), rates)
+    assert "replay_ms" not in decode  # nothing is captured here
     assert decode["of_floor"] == pytest.approx(decode["floor_ms"] / decode["step_ms"])
     model = SHAPES["llama-tiny"]
     read = weight_bytes(model, driver.engine.engine_config) - 500 * 64 * 4  # not the table of embeddings
@@ -63,6 +67,18 @@ def test_points_have_figures_beside_floors(driver: SequenceDriver) -> None:
     assert decode["floor_ms"] == pytest.approx((read + kv) / 100e6, rel=0.02)
     prefill = measure(driver, parse_point("pp2x8"), rates)
     assert prefill["of_peak"] == pytest.approx(prefill["tflops"])
+
+
+def test_replays_are_timed_while_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[object] = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replayed.append)
+    with timed_replays() as seconds:
+        torch.cuda.CUDAGraph.replay(GRAPH)
+        torch.cuda.CUDAGraph.replay(GRAPH)
+    torch.cuda.CUDAGraph.replay(GRAPH)
+    assert len(replayed) == 3
+    assert len(seconds) == 2
+    assert min(seconds) >= 0
 
 
 def test_the_checkpoint_is_of_its_shape() -> None:
