@@ -1,7 +1,8 @@
 """The GPU kernels on a real GPU: `PYTHONPATH=. python -m bench.gpu_check`, JSON lines and a short table at the end.
 
 Needs torch with a GPU and its triton, and nothing else: no installed package. First every kernel beside its reference
-in bfloat16 and float16, then the main ones beside their floors, then whole steps of an 8B model with random weights.
+in bfloat16 and float16, on small odd shapes and on those of large models, then the main ones beside their floors, then
+whole steps of an 8B model with random weights.
 Attention by FlashInfer and FlashAttention is taken beside Triton's where they are installed; a line says which are.
 The lines are written to a file too (`--json`; default: bench/results/gpu-check-TIME.jsonl); the first says what ran.
 After `--limit-s` seconds nothing more is begun, and rows say what was skipped: all ends within 9 minutes.
@@ -17,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # triton reads it when it is imported
@@ -26,6 +28,7 @@ import triton
 
 from bench.gpu_attention import installed, remarks
 from bench.gpu_parity import Check, checks
+from bench.gpu_real_shapes import MODELS, model_checks
 from bench.gpu_report import LIMIT_S, Report, table
 from bench.gpu_speed import cases, measure_rates
 from bench.gpu_steps import run_way, ways
@@ -76,7 +79,8 @@ def _all(given: argparse.Namespace, report: Report) -> int:
 
 def _checks(only: str) -> Iterator[tuple[torch.dtype, Check]]:
     for dtype in (torch.bfloat16, torch.float16):
-        for check in checks(dtype, DEVICE):
+        real = (model_checks(model, dtype, DEVICE) for model in MODELS)
+        for check in chain(checks(dtype, DEVICE), *real):
             if only in check.name:
                 yield dtype, check
 

@@ -130,32 +130,42 @@ def _rope(dtype: torch.dtype, device: str) -> Iterator[Check]:
                 yield Check(name, partial(run, *given), 3e-2 if form == "fp8" else 1e-2)
 
 
+def grouped_products(
+    bits: int, group: int, shape: tuple[int, int, int], minima: bool, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor]:
+    """A product with codes of 4 or 8 bits, and its reference; `shape` is rows, outputs and inputs."""
+    m, n, k = shape
+    codes = torch.randint(0, 1 << bits, (n, k), device=device, dtype=torch.uint8)
+    scales, least = torch.rand(2, n, k // group, device=device).half().div(1 << bits).unbind(0)
+    packed = pack_pairs(codes) if bits == 4 else codes
+    weight = GroupQuantized(bits, group, packed, scales.contiguous(), least.contiguous() if minima else None)
+    x, bias = torch.randn(m, k, device=device).to(dtype), torch.randn(n, device=device)
+    return group_linear(x, weight, bias), group_linear_reference(x, weight, bias)
+
+
+def scaled_products(
+    code: torch.dtype, scaling: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor]:
+    """A product of int8 or fp8, scaled by tensor, channel or blocks, and its reference; `shape` as above."""
+    m, n, k = shape
+    x, w = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device)
+    scale = torch.full((1,), 0.04, device=device) if scaling == "tensor" else None
+    group = 128 if scaling == "blocks" else None
+    codes, scales = quantize(x, code, group=group, scale=scale)
+    w_codes, w_scales = quantize_reference(w, code, group, scale)
+    step = (codes, w_codes, scales, w_scales[::128].contiguous() if group else w_scales)
+    return scaled_linear(*step, out_dtype=torch.float32), scaled_linear_reference(*step)
+
+
 def _products(dtype: torch.dtype, device: str) -> Iterator[Check]:
-    def grouped(bits: int, group: int, m: int, minima: bool) -> tuple[Tensor, Tensor]:
-        codes = torch.randint(0, 1 << bits, (520, 1024), device=device, dtype=torch.uint8)
-        scales, least = torch.rand(2, 520, 1024 // group, device=device).half().div(1 << bits).unbind(0)
-        packed = pack_pairs(codes) if bits == 4 else codes
-        weight = GroupQuantized(bits, group, packed, scales.contiguous(), least.contiguous() if minima else None)
-        x, bias = torch.randn(m, 1024, device=device).to(dtype), torch.randn(520, device=device)
-        return group_linear(x, weight, bias), group_linear_reference(x, weight, bias)
-
-    def scaled(code: torch.dtype, scaling: str, m: int) -> tuple[Tensor, Tensor]:
-        x, w = torch.randn(m, 1100, device=device).to(dtype), torch.randn(520, 1100, device=device)
-        scale = torch.full((1,), 0.04, device=device) if scaling == "tensor" else None
-        group = 128 if scaling == "blocks" else None
-        codes, scales = quantize(x, code, group=group, scale=scale)
-        w_codes, w_scales = quantize_reference(w, code, group, scale)
-        step = (codes, w_codes, scales, w_scales[::128].contiguous() if group else w_scales)
-        return scaled_linear(*step, out_dtype=torch.float32), scaled_linear_reference(*step)
-
     for m in (1, 33, 300):
         for bits, group, minima in ((4, 32, True), (4, 64, False), (4, 128, True), (8, 32, False), (8, 256, True)):
             name = f"product {bits}-bit weights, groups of {group}, {m} rows"
-            yield Check(name, partial(grouped, bits, group, m, minima), 2e-2)
+            yield Check(name, partial(grouped_products, bits, group, (m, 520, 1024), minima, dtype, device), 2e-2)
         for code in (torch.int8, torch.float8_e4m3fn):
             for scaling in ("tensor", "channel", "blocks"):
                 name = f"product {code} by {scaling}, {m} rows"
-                yield Check(name, partial(scaled, code, scaling, m), 1e-2)
+                yield Check(name, partial(scaled_products, code, scaling, (m, 520, 1100), dtype, device), 1e-2)
 
 
 def _sampling(dtype: torch.dtype, device: str) -> Iterator[Check]:
