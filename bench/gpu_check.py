@@ -27,7 +27,7 @@ import torch
 import triton
 
 from bench.gpu_attention import installed, remarks
-from bench.gpu_parity import Check, checks
+from bench.gpu_parity import Check, checks, parity
 from bench.gpu_real_shapes import MODELS, model_checks
 from bench.gpu_report import LIMIT_S, Report, table
 from bench.gpu_speed import cases, measure_rates
@@ -83,23 +83,6 @@ def _checks(only: str) -> Iterator[tuple[torch.dtype, Check]]:
         for check in chain(checks(dtype, DEVICE), *real):
             if only in check.name:
                 yield dtype, check
-
-
-def parity(wanted: Iterator[tuple[torch.dtype, Check]], report: Report) -> int:
-    """A row for each check while there is time; how many fail."""
-    failed = 0
-    for dtype, check in wanted:
-        if report.skips(f"parity from {check.name} in {dtype} on"):
-            break
-        try:
-            error = check.largest_error()
-            good = error <= check.tolerance
-            report.say(check=check.name, dtype=str(dtype), error=error, tolerance=check.tolerance, ok=good)
-        except Exception:
-            good = False
-            report.say(check=check.name, dtype=str(dtype), ok=False, failure=traceback.format_exc()[-1500:])
-        failed += not good
-    return failed
 
 
 def _speed(only: str, report: Report) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bench.gpu_attention import by, others
 from bench.gpu_inputs import KV_DTYPES, make_draws, make_step
+from bench.gpu_report import Report
 from kernels.sampling import draw_reference
 from kernels.triton.activation import KINDS, gated, gated_reference
 from kernels.triton.blocks import copy_blocks, gather_blocks, scatter_blocks
@@ -46,6 +48,23 @@ class Check:
         actual, expected = (tensor.double() for tensor in self.run())
         error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
         return error if error == error else float("inf")
+
+
+def parity(wanted: Iterator[tuple[torch.dtype, Check]], report: Report) -> int:
+    """A row for each check while there is time; how many fail."""
+    failed = 0
+    for dtype, check in wanted:
+        if report.skips(f"parity from {check.name} in {dtype} on"):
+            break
+        try:
+            error = check.largest_error()
+            good = error <= check.tolerance
+            report.say(check=check.name, dtype=str(dtype), error=error, tolerance=check.tolerance, ok=good)
+        except Exception:
+            good = False
+            report.say(check=check.name, dtype=str(dtype), ok=False, failure=traceback.format_exc()[-1500:])
+        failed += not good
+    return failed
 
 
 def checks(dtype: torch.dtype, device: str) -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""What `bench.gpu_check` says, and that it ends in time: no GPU needed."""
+"""What `bench.gpu_check` says, and that it ends in time. It is not imported itself: it turns the interpreter off."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench.gpu_check import parity
-from bench.gpu_parity import Check
+from bench.gpu_parity import Check, parity
 from bench.gpu_report import Report, table
 from bench.gpu_speed import Case, Rates
 from bench.gpu_steps import Way, run_way, ways
