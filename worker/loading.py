@@ -14,9 +14,11 @@ from kv_transfer.registry import host_id
 from tandem.kv_layout import DEFAULT_ORDER, PAIRED_ORDER, KvLayout
 from tandem.models import resolve_model
 from tandem.service.collector import freeze_loaded
+from tandem.service.logging import get_logger
 from worker.flags import Flags
 from worker.identity import WorkerIdentity
 
+_log = get_logger(__name__)
 ORDERS = {kv_order.PLAIN: DEFAULT_ORDER, kv_order.PAIRED: PAIRED_ORDER}
 
 
@@ -37,6 +39,7 @@ def load(
 def load_part(flags: Flags, make_buffer: BufferFactory | None, ranks: Ranks | None, *, sends: bool) -> Engine:
     """This process's part of the model, or all of it; not warm. Raises ConfigError."""
     model = str(resolve_model(str(flags.engine["model"])))
+    _log.info("loading", model=model)
     size = ranks.size if ranks is not None else 1
     config = resolve({**flags.engine, "model": model}, read_config(model), size)
     return load_engine(config, make_buffer, transfers=True, ranks=ranks, sends=sends)

@@ -60,7 +60,6 @@ async def serve(
     tls = Tls(flags.tls, ROLE_NAMES[role]) if flags.tls is not None else None
     if tls is not None and (clear := IN_CLEAR.intersection(flags.transports)):
         _log.warning("KV travels in clear: its network must be nobody else's", transports=sorted(clear))
-    _log.info("loading", model=str(flags.engine["model"]))
     engine = await asyncio.to_thread(load)
     metrics = Metrics(role)
     metrics_address = start_metrics_server(flags.metrics, metrics.registry)

@@ -202,7 +202,7 @@ class Process:
         self.recorder.write(self.name, "engine")
         with self.loop.thread("engine"):
             commands, stopping = self.engine._receive(False)
-            self._idle = self.engine._turn(commands, stopping)
+            self._idle = self.engine._turn(commands, stopping, rested=False)
         try:
             self.scheduler.check_integrity()
         except (IntegrityError, AssertionError) as error:
