@@ -42,12 +42,12 @@ def decode_responses(items: Iterable[Item]) -> list[decode_pb2.DecodeResponse]:
 
 def feed_to_pb(requests: Mapping[int, Iterable[TokenDelta]]) -> decode_pb2.WatchTokensResponse:
     """New tokens by the requests' numbers on the feed."""
-    return decode_pb2.WatchTokensResponse(
-        requests=[
-            decode_pb2.FeedTokens(number=number, deltas=[wire.delta_to_pb(delta) for delta in deltas])
-            for number, deltas in requests.items()
-        ]
-    )
+    message = decode_pb2.WatchTokensResponse()
+    for number, deltas in requests.items():
+        tokens = message.requests.add(number=number)
+        for delta in deltas:
+            wire.fill_delta(tokens.deltas.add(), delta)
+    return message
 
 
 def _retargeted_to_pb(item: Retargeted) -> decode_pb2.DecodeRetargeted:

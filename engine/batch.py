@@ -39,8 +39,9 @@ class SampleSpec:
     def takes_largest(self) -> bool:
         """True when the token is that of the largest logit and nothing else is wanted."""
         params = self.params
-        edited = params.has_penalties or bool(params.logit_bias) or bool(self.suppress)
-        return params.greedy and not edited and self.logprobs is None
+        if not params.greedy or self.logprobs is not None or self.suppress:
+            return False
+        return not params.logit_bias and not params.has_penalties
 
 
 @dataclass(slots=True)  # not frozen: one is made for each sequence and step, in half the time
@@ -107,7 +108,7 @@ class Batch:
         return sum(len(item.token_ids) for item in self.slices)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as above
 class SampledToken:
     """One drawn token; `logprobs` when the spec asked for them."""
 

@@ -50,6 +50,12 @@ class BlockTable:
         """How many blocks `ensure` would allocate, for growth and for private copies."""
         return self._growth(num_tokens) + len(self._shared_places(num_tokens, start))
 
+    def _has_place(self, start: int, num_tokens: int) -> bool:
+        """True when positions start .. num_tokens-1 lie in one private block that is there, as in most decode steps."""
+        place = start // self._pool.block_size
+        here = place == (num_tokens - 1) // self._pool.block_size and place < len(self.blocks)
+        return here and not self._pool.is_shared(self.blocks[place])
+
     def _growth(self, num_tokens: int) -> int:
         return max(0, -(-num_tokens // self._pool.block_size) - len(self.blocks))
 
@@ -62,12 +68,11 @@ class BlockTable:
         sources.
         """
         self.settle()
-        shared = self._shared_places(num_tokens, start)
-        needed = self._growth(num_tokens) + len(shared)
-        if not needed:  # as in most decode steps
+        if start is not None and self._has_place(start, num_tokens):
             self.num_tokens = max(self.num_tokens, num_tokens)
             return []
-        fresh = self._pool.allocate(needed)
+        shared = self._shared_places(num_tokens, start)
+        fresh = self._pool.allocate(self._growth(num_tokens) + len(shared))
         copies: list[tuple[int, int]] = []
         for place in shared:
             source, destination = self.blocks[place], fresh.pop()

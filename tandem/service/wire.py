@@ -71,14 +71,19 @@ def logprobs_from_pb(message: pb.TokenLogprobs) -> list[TokenLogprobs]:
 
 def delta_to_pb(delta: TokenDelta) -> pb.TokenDelta:
     """One output's consecutive tokens."""
-    return pb.TokenDelta(
-        index=delta.index,
-        position=delta.position,
-        token_ids=delta.token_ids,
-        logprobs=logprobs_to_pb(delta.logprobs),
-        drafted=delta.drafted,
-        accepted=delta.accepted,
-    )
+    message = pb.TokenDelta()
+    fill_delta(message, delta)
+    return message
+
+
+def fill_delta(message: pb.TokenDelta, delta: TokenDelta) -> None:
+    """The same into an empty `message`, such as a new part of another: one that is made alone would be copied there."""
+    message.index, message.position = delta.index, delta.position
+    message.token_ids.extend(delta.token_ids)
+    if (logprobs := logprobs_to_pb(delta.logprobs)) is not None:
+        message.logprobs.CopyFrom(logprobs)
+    if delta.drafted:
+        message.drafted, message.accepted = delta.drafted, delta.accepted
 
 
 def delta_from_pb(message: pb.TokenDelta) -> TokenDelta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -184,12 +185,15 @@ async def test_a_watch_that_says_nothing_more_is_broken_off(
 async def test_a_server_that_is_away_is_asked_until_it_is_back(api: FakeKubernetes, heard: Heard) -> None:
     port = api.port
     await api.close()
-    await until(lambda: any("Connect" in text or "refused" in text for text in heard.troubles))
-    assert heard.last.decode == ("10.0.0.1:7001",)
-    again = FakeKubernetes()
-    again.version = api.version
-    again.put("d-9", "d", endpoint("10.0.0.9"))
-    await again.start(port=port)
+    with socket.socket() as kept:  # or a connection of somebody's might take the port meanwhile
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", port))
+        await until(lambda: any("Connect" in text or "refused" in text for text in heard.troubles))
+        assert heard.last.decode == ("10.0.0.1:7001",)
+        again = FakeKubernetes()
+        again.version = api.version
+        again.put("d-9", "d", endpoint("10.0.0.9"))
+        await again.start(port=port)
     await until(lambda: heard.last.decode == ("10.0.0.9:7001",))
     await again.close()
 
