@@ -26,6 +26,7 @@ from bench.quality import WINDOW, score, text_tokens
 from bench.report import emit
 from bench.sequences import BLOCK_SIZE, SequenceDriver, load_bench_engine
 from engine.weights.checkpoint import open_checkpoint
+from tandem.models import resolve_model
 
 POINTS = "tg1,tg32"
 CHUNK = 512
@@ -41,7 +42,7 @@ def memory(field: str) -> int:
 
 def measure_one(folder: str, compute: str, tokens: int, runs: int, tokenizer: str) -> dict[str, object]:
     """All figures of one model, in this process."""
-    windows = text_tokens(tokenizer, tokens) if tokens else []
+    windows = text_tokens(str(resolve_model(tokenizer)), tokens) if tokens else []
     checkpoint = open_checkpoint(folder)
     size = sum(path.stat().st_size for path in checkpoint.files if path.suffix in (".safetensors", ".gguf"))
     checkpoint.close()
