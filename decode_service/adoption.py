@@ -22,28 +22,18 @@ def adopt(
     tokens: Sequence[int],
     logprobs: Sequence[TokenLogprobs],
     config: SchedulerConfig,
+    position: int = 0,
 ) -> None:
     """Take over what `tokens` has beyond the output's own, up to where the output ends.
 
-    `logprobs` are parallel to `tokens`, or empty.
+    `position` is the place of the first in the output, at most one behind its last; `logprobs` are parallel to
+    `tokens`, or empty.
     """
-    held = len(output.state.token_ids)
-    append(request, output, tokens[held:], logprobs[held:], config)
-
-
-def append(
-    request: Request,
-    output: Output,
-    tokens: Sequence[int],
-    logprobs: Sequence[TokenLogprobs],
-    config: SchedulerConfig,
-) -> None:
-    """Take over `tokens` behind the output's own, up to where the output ends; `logprobs` as in `adopt`."""
     state = output.state
-    for place, token in enumerate(tokens):
+    for place in range(len(state.token_ids) - position, len(tokens)):
         if not output.live:
             return
-        state.token_ids.append(token)
+        state.token_ids.append(tokens[place])
         if place < len(logprobs):
             state.logprobs.append(logprobs[place])
         state.finish_reason = stopping.finish_reason(request.record, state, request.stops, config.max_context)
@@ -69,9 +59,9 @@ def force(request: Request, emitted: Sequence[TokenDelta], config: SchedulerConf
         if delta.position > len(known.token_ids):
             raise InvalidRequestError(f"tokens before position {delta.position} are missing", field="retarget.emitted")
         check_tokens(delta.token_ids, config, "retarget.emitted")
-        tokens = [*known.token_ids[: delta.position], *delta.token_ids]
-        adopt(request, output, tokens, [*known.logprobs[: delta.position], *delta.logprobs], config)
-        output.streamed = max(output.streamed, min(len(tokens), len(known.token_ids)))
+        adopt(request, output, delta.token_ids, delta.logprobs, config, delta.position)
+        end = delta.position + len(delta.token_ids)
+        output.streamed = max(output.streamed, min(end, len(known.token_ids)))
 
 
 def check_ends(request: Request, config: SchedulerConfig) -> None:

@@ -116,5 +116,5 @@ class Part:
         before = len(output.state.token_ids)
         tokens = [sampled.token_id for sampled in drawn]
         logprobs = [sampled.logprobs for sampled in drawn if sampled.logprobs is not None]
-        adoption.append(self.request, output, tokens, logprobs, config)
+        adoption.adopt(self.request, output, tokens, logprobs, config, before)
         return len(output.state.token_ids) - before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from engine.weights.fields import Fields
 from engine.weights.quantized import Activations, Quantization
 from engine.weights.quantized_config import quantization
 from kernels.coded import FP8, CodedWeights
-from kernels.int8 import GroupWeights
 from tandem.errors import ModelFormatError
 
 if TYPE_CHECKING:
@@ -275,22 +274,38 @@ def test_codes_without_a_configuration_are_refused(name: str, tmp_path: Path) ->
         open_checkpoint(save(tmp_path / "odd", coded))
 
 
+def pieces(
+    name: str,
+    folder: Path,
+    make_driver: MakeDriver,
+    monkeypatch: pytest.MonkeyPatch,
+    owners: Sequence[Any],
+    function: str,
+    size: Callable[[Any], int],
+) -> list[int]:
+    """Sizes of what `function` is called with where 500 elements go at a time; the bits are those of all at once."""
+    coded, _ = both_forms(FORMATS[name])
+    save(folder, coded, FORMATS[name].config)
+    whole = make_driver(folder, compute="int8").run(PROMPTS, 20)[0]
+    monkeypatch.setattr(int8_codes, "CHUNK_ELEMENTS", 500)
+    real, sizes = getattr(owners[0], function), []
+
+    def recorded(weight: Any) -> Any:
+        sizes.append(size(weight))
+        return real(weight)
+
+    for owner in owners:
+        monkeypatch.setattr(owner, function, recorded)
+    assert same_bits(make_driver(folder, compute="int8").run(PROMPTS, 20)[0], whole)
+    return sizes
+
+
 @pytest.mark.parametrize("name", ["gptq-ordered", "gptq-8"])
 def test_int8_makes_float32_of_some_rows_at_a_time(
     name: str, tmp_path: Path, make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch, cpp_kernels: None
 ) -> None:
-    coded, _ = both_forms(FORMATS[name])
-    folder = save(tmp_path / "coded", coded, FORMATS[name].config)
-    whole = make_driver(folder, compute="int8").run(PROMPTS, 20)[0]
-    monkeypatch.setattr(int8_codes, "CHUNK_ELEMENTS", 500)
-    expand, sizes = CodedWeights.dequantized, []
-
-    def recorded(weights: CodedWeights) -> torch.Tensor:
-        sizes.append(weights.codes.numel())
-        return expand(weights)
-
-    monkeypatch.setattr(CodedWeights, "dequantized", recorded)
-    assert same_bits(make_driver(folder, compute="int8").run(PROMPTS, 20)[0], whole)
+    owners, size = [CodedWeights], lambda weights: weights.codes.numel()
+    sizes = pieces(name, tmp_path / "coded", make_driver, monkeypatch, owners, "dequantized", size)
     assert sizes
     assert max(sizes) <= 500
 
@@ -300,18 +315,7 @@ def test_int8_rounds_some_rows_at_a_time_of_plain_weights_too(
     name: str, tmp_path: Path, make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch, cpp_kernels: None
 ) -> None:
     """The LM head is the largest weight, and mostly plain."""
-    coded, _ = both_forms(FORMATS[name])
-    folder = save(tmp_path / "coded", coded, FORMATS[name].config)
-    whole = make_driver(folder, compute="int8").run(PROMPTS, 20)[0]
-    monkeypatch.setattr(int8_codes, "CHUNK_ELEMENTS", 500)
-    quantize, sizes = int8_codes.quantize_weight, []
-
-    def recorded(weight: torch.Tensor) -> GroupWeights:
-        sizes.append(weight.numel())
-        return quantize(weight)
-
-    for module in (int8_codes, int8_loader):
-        monkeypatch.setattr(module, "quantize_weight", recorded)
-    assert same_bits(make_driver(folder, compute="int8").run(PROMPTS, 20)[0], whole)
+    owners, size = [int8_codes, int8_loader], lambda weight: weight.numel()
+    sizes = pieces(name, tmp_path / "coded", make_driver, monkeypatch, owners, "quantize_weight", size)
     assert sum(sizes) >= 97 * 64
     assert max(sizes) <= 500
